@@ -4,13 +4,11 @@ Used by ``maskgit data index`` for existing shards (such as those of open_clip a
 ``writer``. Faults that would silently lose samples are rejected in one list, with the ways out, or left out
 and counted with ``lenient``.
 
-Shards are named by a folder, a glob or braces such as ``train-{00000..01023}.tar``. A few characters can stand for any
-number of names and ``braceexpand`` keeps each range in memory, so the number is bounded before the expansion.
+Shards are named by a folder, a glob or braces such as ``train-{00000..01023}.tar``, which webdataset expands.
 """
 
 from __future__ import annotations
 
-import math
 import os
 import re
 from collections import Counter
@@ -20,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from braceexpand import braceexpand
+from webdataset.shardlists import expand_urls
 
 from maskgit_pl.checks import shorten
 from maskgit_pl.data.folders import hold_lock
@@ -29,11 +27,6 @@ from maskgit_pl.data.samples import Labels, split_of
 from maskgit_pl.data.scan import ShardScan, scan_shard
 from maskgit_pl.files import remove_partials
 from maskgit_pl.processes import choose_workers, run_jobs
-
-_MAX_NAMES = 1_000_000  # of a pattern
-_MAX_CHARACTERS = 2**28  # of all names together; no name is longer than its pattern
-_BRACES = re.compile(r"\{([^{}]*)\}")
-_RANGE = re.compile(r"(-?\d+|[A-Za-z])\.\.(-?\d+|[A-Za-z])(?:\.\.-?\d+)?")
 
 _UNLABELLED = "image"  # name of the only class of data without labels
 _SCANNED_BYTES = 2**28  # one process reads this much in about 10 seconds
@@ -137,32 +130,12 @@ def _find_named(folder: Path, shards: Sequence[Path], split: str) -> list[Path]:
 
 
 def expand_braces(pattern: str, *, name: str) -> list[str]:
-    """Expands the braces of a pattern.
-
-    Args:
-        pattern: Braces of a shell: ``{000..012}``, ``{0..10..2}``, ``{a..c}``, ``{train,val}``; not nested.
-        name: Name of the pattern in error messages.
-
-    Returns:
-        The names, in the order of a shell; the pattern itself if it has no braces.
-
-    Raises:
-        ValueError: if the braces do not close or are nested, or the pattern has more than 1,000,000 names.
-    """
-    if re.search(r"[{}]", _BRACES.sub("", pattern)):
-        raise ValueError(f"{name} must have braces that close and are not nested, got {shorten(pattern)}")
-    count = math.prod(map(_count_choices, _BRACES.findall(pattern)))
-    if count > min(_MAX_NAMES, _MAX_CHARACTERS // max(1, len(pattern))):
-        raise ValueError(f"{name} must name at most {_MAX_NAMES} shards, got {shorten(count)} in {shorten(pattern)}")
-    return list(braceexpand(pattern))
-
-
-def _count_choices(braces: str) -> int:
-    """Returns the number of names of the content of braces at most: the step of a range is not counted."""
-    if (ends := _RANGE.fullmatch(braces)) is None:
-        return 1 + braces.count(",")
-    first, last = (ord(end) if end.isalpha() else int(end) for end in ends.groups())
-    return abs(last - first) + 1
+    """Expands the braces of a pattern as webdataset does, in the order of a shell; ``name`` is for error messages."""
+    try:
+        names: list[str] = expand_urls(pattern)
+    except (AssertionError, ValueError) as error:
+        raise ValueError(f"{name} must have braces that close, got {shorten(pattern)} ({error})") from error
+    return names
 
 
 def index_shards(

@@ -102,20 +102,9 @@ def test_a_killed_index_leaves_no_half_and_the_next_run_removes_the_rest(tars, t
     assert {file.name for file in tmp_path.iterdir()} == {"x.tar", "train.json", "train.npy"}
 
 
-@pytest.mark.parametrize(
-    "pattern",
-    [
-        "{0..1099511627776}.tar",
-        "{0..0}{0..1000000}.tar",
-        "{a,b}" * 60,
-        "{{a,b},c}.tar",
-        "{0..999999}" + "x" * 4000,
-        "{" * 2000 + "}" * 2000,
-    ],
-    ids=lambda pattern: pattern[:20],
-)
-def test_a_pattern_that_would_fill_memory_is_refused_before_it_is_expanded(pattern, tmp_path):
-    with pytest.raises(ValueError, match=r"shard pattern must (name at most|have braces that) .*got"):
+@pytest.mark.parametrize("pattern", ["{0..1.tar", "0}.tar", "{a,b"])
+def test_a_pattern_whose_braces_do_not_close_is_refused(pattern, tmp_path):
+    with pytest.raises(ValueError, match=r"shard pattern must have braces that close, got"):
         find_shards(tmp_path, pattern)
 
 
