@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from maskgit_pl.data.module import ShardData, ShardDataConfig
     from maskgit_pl.data.order import InOrder, ShuffledStream, split_batch
     from maskgit_pl.data.stream import StreamConfig
-    from maskgit_pl.data.tokenize_options import TokenizingConfig
+    from maskgit_pl.data.token_store import TokenizingConfig
     from maskgit_pl.data.tokenizing import describe_store, tokenize
 
 __all__ = [
@@ -36,7 +36,7 @@ _HOMES = {
     "module": ("ShardData", "ShardDataConfig"),
     "order": ("InOrder", "ShuffledStream", "split_batch"),
     "stream": ("StreamConfig",),
-    "tokenize_options": ("TokenizingConfig",),
+    "token_store": ("TokenizingConfig",),
     "tokenizing": ("describe_store", "tokenize"),
 }
 

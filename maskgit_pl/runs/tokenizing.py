@@ -24,11 +24,11 @@ from maskgit_pl.data import tokenize as make_store
 from maskgit_pl.data.folders import hold_lock
 from maskgit_pl.data.token_store import (
     StoreDescription,
+    TokenizeOptions,
     augmentations_text,
     plain_description,
     read_description,
 )
-from maskgit_pl.data.tokenize_options import TokenizeOptions
 from maskgit_pl.distributed import check_device, default_device
 from maskgit_pl.pipeline.grids import to_unit_range
 from maskgit_pl.pipeline.pretrained import PretrainedTokenizer, load_tokenizer
