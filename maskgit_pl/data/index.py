@@ -20,13 +20,13 @@ from typing import NamedTuple
 import numpy as np
 from webdataset.shardlists import expand_urls
 
-from maskgit_pl.checks import shorten
-from maskgit_pl.data.folders import hold_lock
 from maskgit_pl.data.manifest import Manifest, Shard, Split, index_sha256, save_manifest, union
 from maskgit_pl.data.samples import Labels, split_of
 from maskgit_pl.data.scan import ShardScan, scan_shard
 from maskgit_pl.files import remove_partials
+from maskgit_pl.folders import hold_lock
 from maskgit_pl.processes import choose_workers, run_jobs
+from maskgit_pl.text import shorten
 
 _UNLABELLED = "image"  # name of the only class of data without labels
 _SCANNED_BYTES = 2**28  # one process reads this much in about 10 seconds

@@ -25,18 +25,11 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from maskgit_pl.checks import (
-    ImageSize,
-    as_image_size,
-    build_dataclass,
-    check_integer,
-    check_integers,
-    check_number,
-    shorten,
-)
+from maskgit_pl.checks import ImageSize, as_image_size, build_dataclass, check_integer, check_integers, check_number
 from maskgit_pl.data.arrays import check_unchanged, map_array
 from maskgit_pl.data.manifest import Split
 from maskgit_pl.files import read_json, sha256_of
+from maskgit_pl.text import shorten
 
 Tokens = npt.NDArray[np.unsignedinteger[Any]]  # of StoreDescription.dtype
 

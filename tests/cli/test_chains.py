@@ -10,7 +10,7 @@ from PIL import Image
 
 from maskgit_pl.cli import main
 from maskgit_pl.data.images import encode_png
-from maskgit_pl.networks.feature_networks import load_classifier
+from maskgit_pl.networks.classifiers import load_classifier
 from tests.conftest import tiny_flags
 
 OF_DATA = ("grid", "num_classes")  # sizes that the data and the tokenizer give
