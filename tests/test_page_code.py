@@ -32,7 +32,6 @@ FILES = {  # what the blocks of a page write
     "docs/index.md": ["shirt.png"],
     "docs/export.md": ["generated.png"],
     "docs/generation.md": ["shirt.png", "folder/config.json"],
-    "docs/own-images.md": ["wanted.npy"],
     "docs/python.md": ["first.png", "my-model/transformer/model.safetensors"],
 }
 

@@ -12,7 +12,7 @@ from typing import Annotated
 from maskgit_pl import evaluation, runs
 from maskgit_pl.cli.arguments import Word
 from maskgit_pl.cli.flags import Folder, NewRunFlags, Run, RunFlags, print_json
-from maskgit_pl.data.tokenize_options import TokenizeOptions
+from maskgit_pl.data.token_store import TokenizeOptions
 from maskgit_pl.errors import BAD_INPUT
 from maskgit_pl.processes import catch_stop_signals, progress_bars
 from maskgit_pl.runs.plan import Folders, Machines, merge_values, plan_run, read_inputs, values_without_data

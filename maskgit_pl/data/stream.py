@@ -193,7 +193,7 @@ def _read_samples(urls: Iterable[str], labels: Labels) -> Iterator[Sample]:
         name = f"stream {printable(url)}"
         try:
             with _open_shard(url) as path, open(open_regular(path), "rb") as file:
-                scan = scan_shard(path, labels, vectors=False)
+                scan = scan_shard(path, labels)
                 unreadable = scan.faults.pop(BAD_IMAGE, None)
                 faults = [f"{entry.samples} {fault} (first {entry.first})" for fault, entry in scan.faults.items()]
                 if scan.damage or faults or not len(scan.rows):

@@ -172,17 +172,17 @@ def open_data(folders: RunFolders, pipe: MaskGIT, *, num_workers: int = 0) -> Sh
 
 
 def check_data(pipe: MaskGIT, data: ShardData) -> None:
-    """Checks that the data have the classes of a model, and gives it the vectors of the val images if it needs any.
-
-    A generated image takes a vector of its class.
-    """
+    """Checks that the data have the classes of a model, and that it generates from classes only."""
     if data.class_names != pipe.class_names:
         raise ValueError(
             f"data {data.config.path}: the classes must be the model's {list(pipe.class_names[:10])}, "
             f"got {list(data.class_names[:10])}; choose the data of the training with --data"
         )
     if pipe.transformer.network.config.condition_dim:
-        pipe.vector_pool = data.vector_pool("val")
+        raise ValueError(
+            "the model must generate from classes only, since data folders have no vectors, got one that needs a "
+            "vector for each image; measure what MaskGIT.generate(vectors=...) returns"
+        )
 
 
 def check_model_decoding(pipe: MaskGIT, decoding: DecodingConfig) -> None:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from maskgit_pl.registry import lazy_names
 
 if TYPE_CHECKING:
-    from maskgit_pl.data.tokenize_options import TokenizeOptions
+    from maskgit_pl.data.token_store import TokenizeOptions
     from maskgit_pl.runs.doctor import Preflight, preflight
     from maskgit_pl.runs.exporting import export
     from maskgit_pl.runs.fitting import FitResult, fit

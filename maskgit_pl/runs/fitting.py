@@ -25,7 +25,6 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.profilers import Profiler, PyTorchProfiler, SimpleProfiler
-from torch import Tensor
 
 from maskgit_pl.data import ShardData, ShardDataConfig, split_batch
 from maskgit_pl.devices import describe_environment
@@ -246,13 +245,12 @@ def _check_unchanged(plan: Plan, fixed: Mapping[str, Any]) -> None:
 
 
 def _check_data_fit(module: TokenModel, data: ShardData) -> None:
-    """Checks that a module of stage 2 has the classes and vectors of its data, and its tokenizer their tokens."""
-    for key, expected in (("num_classes", data.num_classes), ("condition_dim", data.vector_dim)):
+    """Checks that a module of stage 2 has the classes of its data and no vectors, and its tokenizer their tokens."""
+    for key, expected in (("num_classes", data.num_classes), ("condition_dim", 0)):
         if (value := getattr(module.config.network, key)) != expected:
-            vectors = f" with data.vectors {data.config.vectors}" if key == "condition_dim" else ""
             raise ValueError(
-                f"model.network.{key} must be {expected} for {data.config.path}{vectors}, got {value}; leave the "
-                "key out or use other data"
+                f"model.network.{key} must be {expected} for {data.config.path}, got {value}; leave the key out or "
+                "use other data"
             )
     tokenizer = module.tokenizer  # raises if it does not fit the model
     data.require_tokenizer(
@@ -316,16 +314,11 @@ def _build_callbacks(
 ) -> list[Callback]:
     """Builds the callbacks of a run in their order, with those that save and end it, and with ``more`` of Python."""
     folder = plan.stage_folder
-
-    def find_vectors(labels: Sequence[int], seeds: Sequence[int]) -> Tensor:
-        return data.vector_pool("val").draw(labels, seeds)
-
     # A progress bar for a terminal, lines for a log file.
     progress: Callback = RichProgressBar() if sys.stdout.isatty() else ProgressLines()
     pictures: Callback = ReconstructionPictures(folder)
     if plan.stage == "transformer":
-        vectors = find_vectors if data.config.vectors else None
-        pictures = SamplePictures(folder, class_names=data.class_names, find_vectors=vectors)
+        pictures = SamplePictures(folder, class_names=data.class_names)
     # Health comes first: another callback may save a step and end the run. Speed comes last, so that it
     # does not count the pictures after a validation.
     health = [HealthMonitor()] if isinstance(values, TokenizerRun) else []

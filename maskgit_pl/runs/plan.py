@@ -328,8 +328,6 @@ def _values_of_data_and_tokenizer(plan: Plan, inputs: Inputs) -> dict[str, Any]:
         "num_classes": inputs.data.num_classes,
         "grid": list(sizes.grid(image_size)),
     }
-    if plan.recipe.get("data.vectors") and inputs.data.vectors is not None:  # without any, ``ShardData`` reports it
-        network["condition_dim"] = inputs.data.vectors.dim
     return {"data": data, "model": {"tokenizer": str(plan.tokenizer), "network": network}}
 
 

@@ -24,11 +24,11 @@ from maskgit_pl.data import tokenize as make_store
 from maskgit_pl.data.manifest import read_manifest_summary
 from maskgit_pl.data.token_store import (
     StoreDescription,
+    TokenizeOptions,
     augmentations_text,
     plain_description,
     read_description,
 )
-from maskgit_pl.data.tokenize_options import TokenizeOptions
 from maskgit_pl.devices import check_device, default_device
 from maskgit_pl.folders import hold_lock
 from maskgit_pl.grids import to_unit_range

@@ -44,7 +44,7 @@ class AutoregressiveConfig(TokenModelConfig):
         if self.network.condition_dim:
             raise ValueError(
                 f"network.condition_dim must be 0 with causal attention, got {self.network.condition_dim}: its "
-                "sampling takes no vectors; set data.vectors to false, or use bidirectional attention"
+                "sampling takes no vectors; use bidirectional attention"
             )
         check_decoding(self.decoding.to_config(self.network.num_tokens), self.network, is_autoregressive=True)
 

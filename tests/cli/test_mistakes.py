@@ -185,7 +185,7 @@ def test_a_gpu_that_is_not_found_is_said_with_its_name(is_refused) -> None:
         ("TOKENIZER --pretrained model --model.network.base_channels=16", "do not fit"),
         ("TRANSFORMER --model.network.class_dropout=0", "model.decoding.guidance"),
         ("TRANSFORMER --pretrained model --model.network.embed_dim=32", "model.network.embed_dim"),
-        ("TRANSFORMER --data.vectors=true", "must have a vector for each image, for data.vectors: true"),
+        ("TRANSFORMER '--model.network={backbone: adaln, condition_dim: 4}'", "network.condition_dim must be 0 for"),
         ("TRANSFORMER --profiler=simpel", "profiler must be 'simple' or 'pytorch', got 'simpel'; did you mean"),
         ("TRANSFORMER --model.optimizer.algorithm=muon --trainer.strategy=fsdp", "trainer.strategy must be 'ddp' or"),
         ("TRANSFORMER --data.source=tokens", "maskgit tokenize"),
