@@ -219,10 +219,19 @@ class ShardData(StepDataModule):
         samples = self.summary.samples["train"] if self.stream is None else self.stream.samples
         order = self._train_order(samples, per_device=per_device, accumulation=accumulation)
         if self.stream is not None:
-            shards, place = self.stream.expand(), random.Random(f"{self.config.seed}/{self._current_step()}")
-            place.shuffle(shards)
-            shards, seed = shards[self._rank :: self._world_size], place.randrange(1, 2**31)
-            return self._loader(StreamBatches(self.config, self.class_names, shards=shards, seed=seed), order)
+            shards, generator = self.stream.expand(), random.Random(f"{self.config.seed}/{self._current_step()}")
+            generator.shuffle(shards)
+            batches = StreamBatches(
+                self.stream,
+                self.class_names,
+                shards=shards[self._rank :: self._world_size],
+                shard_seed=generator.randrange(1, 2**31),
+                image_size=self.config.image_size,
+                in_channels=self.config.in_channels,
+                augmentations=self.config.train_augmentations,
+                seed=self.config.seed,
+            )
+            return self._loader(batches, order)
         shuffled, augmentations = ShuffledStream(samples, self.config.seed), self.config.train_augmentations
         return self._loader(self.batches("train", shuffled, augmentations=augmentations), order)
 

@@ -8,16 +8,17 @@ import logging
 import random
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import webdataset
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from maskgit_pl.checks import check_integers, height_width
+from maskgit_pl.checks import ImageSize, check_integers, height_width
+from maskgit_pl.data.augmentations import Augmentations
 from maskgit_pl.data.batches import Batch
 from maskgit_pl.data.image_bytes import UnreadableImageError
 from maskgit_pl.data.images import decode_image
@@ -25,9 +26,6 @@ from maskgit_pl.data.index import expand_braces
 from maskgit_pl.data.samples import Labels
 from maskgit_pl.data.scan import IMAGE_EXTENSIONS
 from maskgit_pl.errors import printable
-
-if TYPE_CHECKING:
-    from maskgit_pl.data.module import ShardDataConfig
 
 log = logging.getLogger(__name__)
 
@@ -75,6 +73,7 @@ class StreamConfig:
         return hashlib.sha256(json.dumps([self.expand(), self.labels]).encode()).hexdigest()
 
 
+@dataclass(eq=False)
 class StreamBatches(Dataset[Batch]):
     """A dataset of training batches, whose rows are numbered by step * global batch + slot.
 
@@ -82,16 +81,28 @@ class StreamBatches(Dataset[Batch]):
     crops differ each time that a sample occurs.
 
     Args:
-        data: The configuration, with its ``stream``.
+        stream: The source of the labels, the number of samples, and the size of the buffer.
         class_names: Class names; labels are in [0, len(class_names)).
-        shards: The shards of this rank.
-        seed: Seed of their order.
+        shards: The URLs of this rank.
+        shard_seed: Seed of the order of shards and samples, in [1, 2**31).
+        image_size: Side of square images, or (height, width), in pixels.
+        in_channels: Channels of the images, 1 or 3.
+        augmentations: Crops and flips.
+        seed: Seed of the augmentations, in [0, 2**32).
     """
 
-    def __init__(self, data: ShardDataConfig, class_names: tuple[str, ...], *, shards: list[str], seed: int) -> None:
-        assert data.stream is not None
-        self.data, self.config, self.shards, self.seed = data, data.stream, shards, seed
-        self.labels = Labels(self.config.labels, class_names)
+    stream: StreamConfig
+    class_names: tuple[str, ...]
+    _: KW_ONLY
+    shards: list[str]
+    shard_seed: int
+    image_size: ImageSize
+    in_channels: int
+    augmentations: Augmentations
+    seed: int
+
+    def __post_init__(self) -> None:
+        self.labels = Labels(self.stream.labels, self.class_names)
         self._samples: Iterator[tuple[Tensor, int]] | None = None
 
     def __getitems__(self, positions: range) -> Batch:
@@ -103,12 +114,12 @@ class StreamBatches(Dataset[Batch]):
         if self._samples is None:  # in the worker
             self._samples = self._read_samples()
         position = torch.arange(positions.start, positions.stop)
-        index, epoch = position % 2**32, position // self.config.samples  # random_bits takes indices below 2**32
+        index, epoch = position % 2**32, position // self.stream.samples  # random_bits takes indices below 2**32
         samples = list(islice(self._samples, len(position)))
         if len(samples) < len(position):
             raise ValueError("data.stream.urls must name a shard with images for each worker of each rank, got too few")
-        drawn = self.data.train_augmentations.draw(index, epoch, seed=self.data.seed)
-        size = height_width(self.data.image_size)
+        drawn = self.augmentations.draw(index, epoch, seed=self.seed)
+        size = height_width(self.image_size)
         images = [augment(image, size) for augment, (image, _) in zip(drawn, samples, strict=True)]
         labels = torch.tensor([label for _, label in samples])
         valid, replacement = torch.ones_like(position, dtype=torch.bool), torch.full_like(position, -1)
@@ -117,18 +128,18 @@ class StreamBatches(Dataset[Batch]):
     def _read_samples(self) -> Iterator[tuple[Tensor, int]]:
         # The rank has its shards already: webdataset would ask the environment of a worker for it.
         order: dict[str, Any] = {"nodesplitter": None, "shardshuffle": len(self.shards), "detshuffle": True}
-        source = webdataset.WebDataset(self.shards, handler=_handle, seed=self.seed, empty_check=False, **order)
-        size = self.config.shuffle_buffer
-        shuffled = source.shuffle(size, initial=size, rng=random.Random(self.seed))
+        source = webdataset.WebDataset(self.shards, handler=_handle, seed=self.shard_seed, empty_check=False, **order)
+        size = self.stream.shuffle_buffer
+        shuffled = source.shuffle(size, initial=size, rng=random.Random(self.shard_seed))
         return iter(shuffled.map(self._decode, handler=_handle).repeat())
 
     def _decode(self, sample: dict[str, Any]) -> tuple[Tensor, int]:
         name, extension = f"{sample['__url__']}:{sample['__key__']}", self.labels.extension
         image = next((sample[kind] for kind in IMAGE_EXTENSIONS if kind in sample), None)
         if image is None or (extension is not None and extension not in sample):
-            raise ValueError(f"{name} without an image or a label ({self.config.labels})")
+            raise ValueError(f"{name} without an image or a label ({self.stream.labels})")
         label = 0 if extension is None else self.labels.read(sample[extension], name=name)
-        return decode_image(image, channels=self.data.in_channels, name=name), label
+        return decode_image(image, channels=self.in_channels, name=name), label
 
 
 def _handle(error: Exception) -> bool:

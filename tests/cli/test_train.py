@@ -1,6 +1,7 @@
 """``maskgit train``, ``tokenize``, ``slurm submit``, ``doctor`` and ``demo``; ``test_mistakes`` has the refusals."""
 
 import functools
+import gc
 import http.server
 import json
 import os
@@ -188,6 +189,7 @@ def test_a_stage_trains_from_a_stream_and_resumes(served, maskgit, tiny_pretrain
     refused(train("--trainer.max_steps=6", "--data.stream.urls=other.tar"), "settings changed")  # is another run
     refused(train("--run=two", "--data.stream.urls=pipe:cat x"), "'pipe:cat x'")
     refused(train("--run=three", "--data.stream.urls=no.tar"), "URLs by curl, got No such file or directory: no.tar")
+    gc.collect()
 
 
 # A job; tests/runs/test_slurm.py has its options

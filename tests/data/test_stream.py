@@ -1,6 +1,7 @@
 """Streams from a real web server and from files: samples of each rank and worker, bad images, shards and URLs."""
 
 import functools
+import gc
 import http.server
 import itertools
 import pickle
@@ -12,13 +13,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from maskgit_pl.data import Batch, ShardData, ShardDataConfig, StreamConfig
+from maskgit_pl.data import Batch, ShardData, StreamConfig
+from maskgit_pl.data.augmentations import CENTER
 from maskgit_pl.data.images import encode_png
 from maskgit_pl.data.stream import StreamBatches
 from tests.conftest import save_uneven_shards
 from tests.data_folders import open_data, save_data
 
-pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")  # webdataset leaves shards to the garbage collector
+pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")  # see ``closed``
 
 SIZES = (7, 5, 9, 4, 6, 8)
 NUM_TRAIN = sum(SIZES)
@@ -30,6 +32,13 @@ ALL = "train-{000000..000005}.tar"
 class Quiet(http.server.SimpleHTTPRequestHandler):
     def log_message(self, *_: object) -> None:
         pass
+
+
+@pytest.fixture(autouse=True)
+def closed() -> Iterator[None]:
+    """Closes the shards, which webdataset leaves to the garbage collector."""
+    yield
+    gc.collect()
 
 
 @pytest.fixture(scope="module")
@@ -57,8 +66,8 @@ def data(path: Path | str, urls, **options) -> ShardData:
 def taken(urls, count: int) -> Batch:
     """Returns the first samples of a single worker."""
     stream = StreamConfig(urls, samples=NUM_TRAIN, shuffle_buffer=4)
-    config = ShardDataConfig("", source="stream", stream=stream, image_size=8, in_channels=1)
-    return StreamBatches(config, CLASS_NAMES, shards=stream.expand(), seed=1).__getitems__(range(count))
+    images = {"image_size": 8, "in_channels": 1, "augmentations": CENTER, "seed": 0}
+    return StreamBatches(stream, CLASS_NAMES, shards=stream.expand(), shard_seed=1, **images).__getitems__(range(count))
 
 
 def images(*batches: Batch) -> list[bytes]:
