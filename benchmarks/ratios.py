@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from measuring import format_table, read_cpu_name
 
-from maskgit_pl.distributed import has_bfloat16
+from maskgit_pl.devices import has_bfloat16
 
 _README = Path(__file__).parent / "README.md"
 _BEGIN, _END = "<!-- ratios: written by `make benchmarks` -->", "<!-- end of ratios -->"

@@ -9,16 +9,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from maskgit_pl.autoregressive import AutoregressiveConfig, AutoregressiveModel
     from maskgit_pl.decoding import AutoregressiveDecoder, ParallelDecoder
     from maskgit_pl.evaluation.demo_steps import demo
     from maskgit_pl.masking import MaskSampler
-    from maskgit_pl.mvtm import MaskedTokenConfig, MaskedTokenModel
     from maskgit_pl.pipeline import MaskGIT
     from maskgit_pl.schedules import mask_schedules
-    from maskgit_pl.tokenizer import Tokenizer
+    from maskgit_pl.tokenizer.losses import TokenizerConfig
+    from maskgit_pl.tokenizer.module import Tokenizer
     from maskgit_pl.training.optimizers import LearningRate, OptimizerConfig
-    from maskgit_pl.training.tokenizer_losses import TokenizerConfig
+    from maskgit_pl.transformer.autoregressive import AutoregressiveConfig, AutoregressiveModel
+    from maskgit_pl.transformer.mvtm import MaskedTokenConfig, MaskedTokenModel
 
 __version__ = "0.2.0"
 __all__ = [
@@ -39,18 +39,18 @@ __all__ = [
 ]
 
 _HOMES = {
-    "AutoregressiveConfig": "autoregressive",
-    "AutoregressiveModel": "autoregressive",
+    "AutoregressiveConfig": "transformer.autoregressive",
+    "AutoregressiveModel": "transformer.autoregressive",
     "LearningRate": "training.optimizers",
     "MaskGIT": "pipeline",
     "MaskSampler": "masking",
-    "MaskedTokenConfig": "mvtm",
-    "MaskedTokenModel": "mvtm",
+    "MaskedTokenConfig": "transformer.mvtm",
+    "MaskedTokenModel": "transformer.mvtm",
     "OptimizerConfig": "training.optimizers",
     "ParallelDecoder": "decoding",
     "AutoregressiveDecoder": "decoding",
-    "Tokenizer": "tokenizer",
-    "TokenizerConfig": "training.tokenizer_losses",
+    "Tokenizer": "tokenizer.module",
+    "TokenizerConfig": "tokenizer.losses",
     "demo": "evaluation.demo_steps",
     "mask_schedules": "schedules",
 }

@@ -26,8 +26,8 @@ from maskgit_pl.checks import (
     plain_list,
     plain_number,
     plain_size,
-    shorten,
 )
+from maskgit_pl.text import shorten
 
 REFUSALS = [
     *((check_integer, ("depth", value, "[1, 8]"), r"^depth must be an integer in \[1, 8\], got .{1,90}$")

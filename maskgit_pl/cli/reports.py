@@ -10,15 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from maskgit_pl import evaluation
-from maskgit_pl.checks import count_text
 from maskgit_pl.cli.arguments import Output, Word
 from maskgit_pl.cli.flags import CasFlags, Folder, Numbers, Runs, Seeds, Specs, check_one_of, print_page
-from maskgit_pl.errors import printable
 from maskgit_pl.evaluation.options import FEATURES, NUM_TOKENS, ReportOptions
 from maskgit_pl.processes import progress_bars
 from maskgit_pl.runs.ablation import FOLDER, PAPER_SCHEDULES, AblationConfig, Factor, parse_factor
 from maskgit_pl.runs.layers import split_values
 from maskgit_pl.runs.recipe import DEFAULT_DATASET, Stage
+from maskgit_pl.text import count_text, printable
 
 if TYPE_CHECKING:
     from maskgit_pl.evaluation.pages import Page

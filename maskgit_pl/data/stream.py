@@ -25,7 +25,7 @@ from maskgit_pl.data.images import decode_image
 from maskgit_pl.data.index import expand_braces
 from maskgit_pl.data.samples import Labels
 from maskgit_pl.data.scan import IMAGE_EXTENSIONS
-from maskgit_pl.errors import printable
+from maskgit_pl.text import printable
 
 log = logging.getLogger(__name__)
 

@@ -36,10 +36,10 @@ if TYPE_CHECKING:
         TokenizerOptions,
         TuningOptions,
     )
+    from maskgit_pl.evaluation.reconstruction import evaluate_tokenizer
     from maskgit_pl.evaluation.schedule_table import table_3
     from maskgit_pl.evaluation.tables import table_1, table_2
     from maskgit_pl.evaluation.timing import figure_4
-    from maskgit_pl.evaluation.tokenizer import evaluate_tokenizer
     from maskgit_pl.evaluation.tuning import tune
 
 __all__ = [
@@ -91,7 +91,7 @@ _HOMES = {
     "schedule_table": ("table_3",),
     "tables": ("table_1", "table_2"),
     "timing": ("figure_4",),
-    "tokenizer": ("evaluate_tokenizer",),
+    "reconstruction": ("evaluate_tokenizer",),
     "tuning": ("tune",),
 }
 __getattr__ = lazy_names(__name__, {name: module for module, names in _HOMES.items() for name in names})

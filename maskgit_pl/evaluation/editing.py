@@ -15,8 +15,8 @@ from torch import Tensor
 
 from maskgit_pl.checks import height_width
 from maskgit_pl.pipeline import MaskGIT
-from maskgit_pl.pipeline.pretrained import PretrainedTokenizer
 from maskgit_pl.pipeline.regions import pixel_region
+from maskgit_pl.pretrained.networks import PretrainedTokenizer
 
 Task = Literal["outpaint-right", "inpaint-centre"]
 _GREY = 128  # uint8 value of hidden pixels

@@ -20,8 +20,7 @@ from PIL import Image
 from maskgit_pl import pipeline
 from maskgit_pl.decoding import ParallelDecoder
 from maskgit_pl.decoding.selectors import token_selectors
-from maskgit_pl.distributed import find_device
-from maskgit_pl.errors import markdown, plain_label
+from maskgit_pl.devices import find_device
 from maskgit_pl.evaluation.options import ReportOptions, check_runs
 from maskgit_pl.evaluation.pages import (
     Page,
@@ -34,6 +33,7 @@ from maskgit_pl.evaluation.pages import (
 )
 from maskgit_pl.processes import Bars, no_bars
 from maskgit_pl.schedules import MaskSchedule
+from maskgit_pl.text import markdown, plain_label
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -18,13 +18,10 @@ import torch
 from PIL import Image
 
 from maskgit_pl.checks import check_integer, pixels_text
-from maskgit_pl.errors import markdown
 from maskgit_pl.evaluation.classifier import check_cas
 from maskgit_pl.evaluation.editing import Task, edit, hide_pixels
 from maskgit_pl.evaluation.evaluator import EvaluatedModel, Evaluator
-from maskgit_pl.evaluation.ledger import FILE_NAME, REAL, Ledger, Row
-from maskgit_pl.evaluation.metrics import format_value, title
-from maskgit_pl.evaluation.opening import (
+from maskgit_pl.evaluation.folders import (
     check_data,
     check_model_decoding,
     find_run,
@@ -32,6 +29,8 @@ from maskgit_pl.evaluation.opening import (
     open_evaluator,
     open_model,
 )
+from maskgit_pl.evaluation.ledger import FILE_NAME, REAL, Ledger, Row
+from maskgit_pl.evaluation.metrics import format_value, title
 from maskgit_pl.evaluation.options import (
     CAS_TRAINING,
     CASConfig,
@@ -53,9 +52,10 @@ from maskgit_pl.evaluation.pages import (
     seeds_cell,
 )
 from maskgit_pl.evaluation.timing import BATCH_SIZES, measure_costs
+from maskgit_pl.grids import image_grid
 from maskgit_pl.pipeline import MaskGIT
-from maskgit_pl.pipeline.grids import image_grid
 from maskgit_pl.processes import Bars, no_bars
+from maskgit_pl.text import markdown
 
 Runs = Sequence[Path | str]
 

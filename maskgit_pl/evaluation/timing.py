@@ -26,14 +26,13 @@ from maskgit_pl.decoding import (
     decode_autoregressive,
     decode_classes,
 )
-from maskgit_pl.distributed import describe_environment, device_name, find_device
-from maskgit_pl.errors import markdown, plain_label
+from maskgit_pl.devices import describe_environment, device_name, find_device
 from maskgit_pl.evaluation.evaluator import EvaluatedModel
+from maskgit_pl.evaluation.folders import read_run_recipe, remove_untrained
 from maskgit_pl.evaluation.ledger import FILE_NAME, Ledger, Row, digest_of, shorten_digest
-from maskgit_pl.evaluation.opening import read_run_recipe, remove_untrained
 from maskgit_pl.evaluation.options import NUM_TOKENS, ReportOptions
 from maskgit_pl.evaluation.pages import Page, figure_to_png, heading, markdown_table, paragraph
-from maskgit_pl.evaluation.tokenizer import now
+from maskgit_pl.evaluation.reconstruction import now
 from maskgit_pl.networks.backbone import (
     AutoregressiveBackbone,
     Backbone,
@@ -42,10 +41,11 @@ from maskgit_pl.networks.backbone import (
     create_network,
 )
 from maskgit_pl.networks.transformer import TransformerConfig
-from maskgit_pl.pipeline.pretrained import read_config
 from maskgit_pl.pipeline.sharing import local_folder
+from maskgit_pl.pretrained.networks import read_config
 from maskgit_pl.processes import Bars, no_bars
 from maskgit_pl.schedules import MaskSchedule, mask_schedules
+from maskgit_pl.text import markdown, plain_label
 from maskgit_pl.training.speed import read_training_time
 
 METHODS = ("MaskGIT", "autoregressive, KV cache", "autoregressive, no cache")

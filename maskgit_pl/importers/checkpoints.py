@@ -18,9 +18,8 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from maskgit_pl.checks import shorten
-from maskgit_pl.errors import printable
 from maskgit_pl.networks.weights import check_held, check_tensor, load_pickle, read_tensors
+from maskgit_pl.text import printable, shorten
 
 Array: TypeAlias = npt.NDArray[Any]
 

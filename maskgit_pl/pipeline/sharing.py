@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 from typing import TypedDict, Unpack
 
-from maskgit_pl.checks import did_you_mean
+from maskgit_pl.text import did_you_mean
 
 _FOLDER = Path(__file__).parents[1] / "models"
 # Files that a pipeline needs. Other files of a repository may be large and are not downloaded.
