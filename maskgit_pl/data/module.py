@@ -219,13 +219,12 @@ class ShardData(StepDataModule):
         samples = self.summary.samples["train"] if self.stream is None else self.stream.samples
         order = self._train_order(samples, per_device=per_device, accumulation=accumulation)
         if self.stream is not None:
-            shards, generator = self.stream.expand(), random.Random(f"{self.config.seed}/{self._current_step()}")
-            generator.shuffle(shards)
+            shards = self.stream.expand()
+            random.Random(f"{self.config.seed}/{self._current_step()}").shuffle(shards)
             batches = StreamBatches(
                 self.stream,
                 self.class_names,
                 shards=shards[self._rank :: self._world_size],
-                shard_seed=generator.randrange(1, 2**31),
                 image_size=self.config.image_size,
                 in_channels=self.config.in_channels,
                 augmentations=self.config.train_augmentations,

@@ -83,19 +83,17 @@ class StreamBatches(Dataset[Batch]):
     Args:
         stream: The source of the labels, the number of samples, and the size of the buffer.
         class_names: Class names; labels are in [0, len(class_names)).
-        shards: The URLs of this rank.
-        shard_seed: Seed of the order of shards and samples, in [1, 2**31).
+        shards: The URLs of this rank, in random order.
         image_size: Side of square images, or (height, width), in pixels.
         in_channels: Channels of the images, 1 or 3.
         augmentations: Crops and flips.
-        seed: Seed of the augmentations, in [0, 2**32).
+        seed: Seed of the order and the augmentations, in [0, 2**32).
     """
 
     stream: StreamConfig
     class_names: tuple[str, ...]
     _: KW_ONLY
     shards: list[str]
-    shard_seed: int
     image_size: ImageSize
     in_channels: int
     augmentations: Augmentations
@@ -112,7 +110,7 @@ class StreamBatches(Dataset[Batch]):
             ValueError: if a shard cannot be read, a sample has no image or label, or the worker has no samples.
         """
         if self._samples is None:  # in the worker
-            self._samples = self._read_samples()
+            self._samples = self._read_samples() if self.shards else iter(())
         position = torch.arange(positions.start, positions.stop)
         index, epoch = position % 2**32, position // self.stream.samples  # random_bits takes indices below 2**32
         samples = list(islice(self._samples, len(position)))
@@ -126,11 +124,12 @@ class StreamBatches(Dataset[Batch]):
         return Batch(torch.stack(images), labels, index, epoch, position, valid, replacement)
 
     def _read_samples(self) -> Iterator[tuple[Tensor, int]]:
-        # The rank has its shards already: webdataset would ask the environment of a worker for it.
+        # The rank has its shards already: webdataset would ask the environment of a worker for it. Older versions take
+        # seed 0 for none.
         order: dict[str, Any] = {"nodesplitter": None, "shardshuffle": len(self.shards), "detshuffle": True}
-        source = webdataset.WebDataset(self.shards, handler=_handle, seed=self.shard_seed, empty_check=False, **order)
+        source = webdataset.WebDataset(self.shards, handler=_handle, seed=1 + self.seed, empty_check=False, **order)
         size = self.stream.shuffle_buffer
-        shuffled = source.shuffle(size, initial=size, rng=random.Random(self.shard_seed))
+        shuffled = source.shuffle(size, initial=size, rng=random.Random(self.seed))
         return iter(shuffled.map(self._decode, handler=_handle).repeat())
 
     def _decode(self, sample: dict[str, Any]) -> tuple[Tensor, int]:

@@ -67,7 +67,7 @@ def taken(urls, count: int) -> Batch:
     """Returns the first samples of a single worker."""
     stream = StreamConfig(urls, samples=NUM_TRAIN, shuffle_buffer=4)
     images = {"image_size": 8, "in_channels": 1, "augmentations": CENTER, "seed": 0}
-    return StreamBatches(stream, CLASS_NAMES, shards=stream.expand(), shard_seed=1, **images).__getitems__(range(count))
+    return StreamBatches(stream, CLASS_NAMES, shards=stream.expand(), **images).__getitems__(range(count))
 
 
 def images(*batches: Batch) -> list[bytes]:
@@ -112,6 +112,8 @@ def test_ranks_and_workers_are_dealt_different_shards(folder, monkeypatch):
         two.append(set(images(*itertools.islice(data(folder, urls).train_dataloader(), 4))))
     assert two[0]
     assert not two[0] & two[1]
+    with pytest.raises(ValueError, match="a shard with images for each worker of each rank"):
+        next(iter(data(folder, f"{folder}/train-000000.tar").train_dataloader()))  # rank 1 has none
     monkeypatch.undo()
     batches = list(itertools.islice(data(folder, urls, num_workers=2).train_dataloader(), 6))
     even, odd = (set(images(*batches[first::2])) for first in (0, 1))
