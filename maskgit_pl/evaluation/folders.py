@@ -25,8 +25,8 @@ from maskgit_pl.files import read_json, read_yaml
 from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.pipeline.sharing import bundled_models, local_folder
 from maskgit_pl.processes import Bars, no_bars
-from maskgit_pl.runs.ablation import FOLDER
 from maskgit_pl.runs.layers import value_at, without_keys
+from maskgit_pl.runs.variants import FOLDER
 
 _MAX_CONFIG_BYTES = 8_000_000  # of a model that may be a stranger's
 _UNTRAINED = (  # keys that do not affect the trained weights, and that of the seed

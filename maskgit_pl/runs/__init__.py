@@ -26,8 +26,11 @@ if TYPE_CHECKING:
     from maskgit_pl.runs.recipe import Recipe
     from maskgit_pl.runs.slurm import JobOptions, Submission, plan_submission, submit
     from maskgit_pl.runs.tokenizing import tokenize
+    from maskgit_pl.runs.variants import AblationConfig, Factor
 
 __all__ = [
+    "AblationConfig",
+    "Factor",
     "FitResult",
     "JobOptions",
     "Machines",
@@ -52,5 +55,6 @@ _NAMES = {  # by module
     "recipe": ("Recipe",),
     "slurm": ("JobOptions", "Submission", "plan_submission", "submit"),
     "tokenizing": ("TokenizeOptions", "tokenize"),
+    "variants": ("AblationConfig", "Factor"),
 }
 __getattr__ = lazy_names(__name__, {name: module for module, names in _NAMES.items() for name in names})
