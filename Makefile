@@ -181,7 +181,7 @@ test: $(DEV_STAMP) ## Run the tests (quick ones only: ARGS="-m 'not slow'")
 test-trainings: $(DEV_STAMP) ## Run the tests of commands, examples and pages that train
 	$(BIN)/python $(PYTEST) -m trainings $(ARGS)
 
-test-exports: $(DEV_STAMP) ## Run the tests of exports to ONNX, pt2 and diffusers, and of torch.compile
+test-exports: $(DEV_STAMP) ## Run the tests of exports to ONNX and pt2, and of torch.compile
 	$(BIN)/python $(PYTEST) -m exports $(ARGS)
 
 test-survival: $(DEV_STAMP) ## Run the tests of faults, resumed runs and several ranks

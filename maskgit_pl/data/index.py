@@ -9,6 +9,7 @@ Shards are named by a folder, a glob or braces such as ``train-{00000..01023}.ta
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections import Counter
@@ -28,6 +29,9 @@ from maskgit_pl.folders import hold_lock
 from maskgit_pl.processes import choose_workers, run_jobs
 from maskgit_pl.text import shorten
 
+_MAX_CHARACTERS = 2**26  # of all names of a pattern, such as a million of 67; no name is longer than its pattern
+_BRACES = re.compile(r"\{([^{}]*)\}")
+_RANGE = re.compile(r"(-?\d+|[A-Za-z])\.\.(-?\d+|[A-Za-z])(?:\.\.-?\d+)?")
 _UNLABELLED = "image"  # name of the only class of data without labels
 _SCANNED_BYTES = 2**28  # one process reads this much in about 10 seconds
 
@@ -130,12 +134,25 @@ def _find_named(folder: Path, shards: Sequence[Path], split: str) -> list[Path]:
 
 
 def expand_braces(pattern: str, *, name: str) -> list[str]:
-    """Expands the braces of a pattern as webdataset does, in the order of a shell; ``name`` is for error messages."""
-    try:
-        names: list[str] = expand_urls(pattern)
-    except (AssertionError, ValueError) as error:
-        raise ValueError(f"{name} must have braces that close, got {shorten(pattern)} ({error})") from error
+    """Expands the braces of a pattern as webdataset does, in the order of a shell; ``name`` is for error messages.
+
+    A pattern may be a stranger's, so the names are counted first: ``{0..999999999}`` would fill the memory.
+    """
+    if re.search(r"[{}]", _BRACES.sub("", pattern)):
+        raise ValueError(f"{name} must have braces that close and are not nested, got {shorten(pattern)}")
+    most, count = _MAX_CHARACTERS // max(1, len(pattern)), math.prod(map(_count_choices, _BRACES.findall(pattern)))
+    if count > most:
+        raise ValueError(f"{name} must name at most {most:,} shards, got {shorten(count)} in {shorten(pattern)}")
+    names: list[str] = expand_urls(pattern)
     return names
+
+
+def _count_choices(braces: str) -> int:
+    """Returns the number of names of the content of braces at most: the step of a range is not counted."""
+    if (ends := _RANGE.fullmatch(braces)) is None:
+        return 1 + braces.count(",")
+    first, last = (ord(end) if end.isalpha() else int(end) for end in ends.groups())
+    return abs(last - first) + 1
 
 
 def index_shards(

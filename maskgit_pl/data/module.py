@@ -6,6 +6,7 @@ The configuration is the group ``data`` of a recipe. Used by ``maskgit train`` a
 from __future__ import annotations
 
 import logging
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -57,7 +58,7 @@ class ShardDataConfig:
         validation_samples: Number of samples to validate on, the first of the split; None takes all.
         num_workers: Number of processes on each rank that read and decode; 0 reads in the training process.
         seed: Seed of order and crops, in [0, 2**32).
-        stream: The shards of ``"stream"``; see ``StreamBatches`` for its limits.
+        stream: The shards of ``"stream"``.
         unreadable_budget: Fraction of the images seen that may be unreadable and replaced, in [0, 1]. Above
             0, 10 different images are always allowed; 0 allows none. See ``UnreadableImages``. Streams skip them.
 
@@ -188,16 +189,16 @@ class ShardData(StepDataModule):
         samples = self.summary.samples["train"] if self.stream is None else self.stream.samples
         order = self._train_order(samples, per_device=per_device, accumulation=accumulation)
         if self.stream is not None:
+            shards = self.stream.expand()
+            random.Random(f"{self.config.seed}/{self._current_step()}").shuffle(shards)
             batches = StreamBatches(
                 self.stream,
                 self.class_names,
+                shards=shards[self._rank :: self._world_size],
                 image_size=self.config.image_size,
                 in_channels=self.config.in_channels,
                 augmentations=self.config.train_augmentations,
                 seed=self.config.seed,
-                rank=self._rank,
-                world_size=self._world_size,
-                first_step=self._current_step(),
             )
             return self._loader(batches, order)
         shuffled, augmentations = ShuffledStream(samples, self.config.seed), self.config.train_augmentations

@@ -1,6 +1,6 @@
 """Scan of one tar: the position of each image, its label, and a count of each kind of fault.
 
-Used by ``index``, which writes manifests from scans, and by ``stream``.
+Used by ``index``, which writes manifests from scans.
 
 1. Walk the members of the tar; see ``tar.read_members``.
 2. Group consecutive members by key, as webdataset does: the key is the name up to the first dot of its last

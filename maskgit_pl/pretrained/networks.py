@@ -355,7 +355,7 @@ def check_stage_folder(folder: Path) -> None:
     Raises:
         FileExistsError: if it has other files.
     """
-    check_only_known(folder, {*_NETWORK_FILES, "pipeline.py"})  # pipeline.py is that of diffusers
+    check_only_known(folder, {*_NETWORK_FILES})
 
 
 def copy_stage_folder(source: Path, folder: Path) -> None:

@@ -490,7 +490,7 @@ def _log_start(run: StageRun, newest: Path | None) -> None:
         log.info("%s: trainer.precision %s: %s", folder, AUTO, run.values.trainer.precision)
     run.datamodule.warn_if_enlarged()
     if run.datamodule.stream is not None:
-        log.info("%s: the order of a stream is not exact: a resumed run starts another order of shards", folder)
+        log.info("%s: trains from trusted URLs; neither the order of samples nor the resume is exact", folder)
     resuming = f"; resuming from {newest.name}" if newest else ""
     batch = describe_batch(run.datamodule.config, run.trainer.world_size)
     log.info("%s: global batch %s%s", folder, batch, resuming)

@@ -104,7 +104,7 @@ def test_a_killed_index_leaves_no_half_and_the_next_run_removes_the_rest(tars, t
 
 @pytest.mark.parametrize("pattern", ["{0..1.tar", "0}.tar", "{a,b"])
 def test_a_pattern_whose_braces_do_not_close_is_refused(pattern, tmp_path):
-    with pytest.raises(ValueError, match=r"shard pattern must have braces that close, got"):
+    with pytest.raises(ValueError, match=r"shard pattern must have braces that close and are not nested, got"):
         find_shards(tmp_path, pattern)
 
 
@@ -129,6 +129,12 @@ def test_shards_that_are_all_val_are_refused(tars, tmp_path):
     for val in (None, "*.tar"):
         with pytest.raises(ValueError, match=r"must have a shard for train beside those of val, got none.*--val"):
             split_shards(*locate_shards(str(tmp_path)), val=val)
+
+
+@pytest.mark.parametrize("pattern", ["x-{0..99999999}.tar", "{a,b}" * 40, "{0..99}" * 9, "x" * 2**20 + "{0..99}"])
+def test_a_pattern_of_more_names_than_fit_is_refused_before_it_is_expanded(pattern):
+    with pytest.raises(ValueError, match=r"^x must name at most [\d,]+ shards, got "):
+        expand_braces(pattern, name="x")
 
 
 def test_patterns_take_braces_and_refuse_paths_and_gaps(folder):
