@@ -32,9 +32,10 @@ assert runs.fit(second, run="notebook", data=data).was_finished
 run = Path("runs/notebook")
 pipe = MaskGIT.from_pretrained(transformer.pretrained)
 pipe.generate(pipe.class_names[0], seed=0)[0].save("image.png")
-report = evaluation.evaluate(run, data=data, num_images=30, features=["classifier"])
+how = evaluation.EvaluationOptions(data=data, num_images=30, features=["classifier"])
+report = evaluation.evaluate(run, how)
 Console().print(report.table())
-found = evaluation.tune(run, data=data, trials=2, num_images=30)
+found = evaluation.tune(run, evaluation.TuningOptions(data=data, trials=2, num_images=30))
 print(found.winner)
 
 # Table 1 of the paper for these weights. A second call measures nothing: results/ledger.jsonl has the numbers.

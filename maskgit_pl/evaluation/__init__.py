@@ -1,4 +1,4 @@
-"""Measures trained models: ``evaluate``, ``evaluate_tokenizer``, ``compare``, ``tune``, tables, figures, ablations.
+"""Measures trained models: ``evaluate``, ``evaluate_tokenizer``, ``tune``, tables, figures, ablations.
 
 ::
 
@@ -20,7 +20,6 @@ from maskgit_pl.registry import lazy_names
 if TYPE_CHECKING:
     from maskgit_pl.evaluation.ablation import run_ablation
     from maskgit_pl.evaluation.classifier import train_classifier
-    from maskgit_pl.evaluation.comparison import compare
     from maskgit_pl.evaluation.distilling import distill
     from maskgit_pl.evaluation.evaluator import EvaluatedModel, Evaluator
     from maskgit_pl.evaluation.figures import figure_2
@@ -30,14 +29,12 @@ if TYPE_CHECKING:
     from maskgit_pl.evaluation.options import (
         CASConfig,
         ClassifierConfig,
-        ComparisonOptions,
         EvaluationOptions,
         ReportOptions,
         TokenizerOptions,
         TuningOptions,
     )
     from maskgit_pl.evaluation.reconstruction import evaluate_tokenizer
-    from maskgit_pl.evaluation.schedule_table import table_3
     from maskgit_pl.evaluation.tables import table_1, table_2
     from maskgit_pl.evaluation.timing import figure_4
     from maskgit_pl.evaluation.tuning import tune
@@ -46,7 +43,6 @@ __all__ = [
     "CASConfig",
     "ClassifierConfig",
     "ComparedImages",
-    "ComparisonOptions",
     "EvaluatedModel",
     "EvaluationOptions",
     "Evaluator",
@@ -55,7 +51,6 @@ __all__ = [
     "ReportOptions",
     "TokenizerOptions",
     "TuningOptions",
-    "compare",
     "distill",
     "evaluate",
     "evaluate_tokenizer",
@@ -64,7 +59,6 @@ __all__ = [
     "run_ablation",
     "table_1",
     "table_2",
-    "table_3",
     "train_classifier",
     "tune",
 ]
@@ -72,7 +66,6 @@ __all__ = [
 _HOMES = {
     "ablation": ("run_ablation",),
     "classifier": ("train_classifier",),
-    "comparison": ("compare",),
     "distilling": ("distill",),
     "evaluator": ("EvaluatedModel", "Evaluator"),
     "figures": ("figure_2",),
@@ -82,13 +75,11 @@ _HOMES = {
     "options": (
         "CASConfig",
         "ClassifierConfig",
-        "ComparisonOptions",
         "EvaluationOptions",
         "ReportOptions",
         "TokenizerOptions",
         "TuningOptions",
     ),
-    "schedule_table": ("table_3",),
     "tables": ("table_1", "table_2"),
     "timing": ("figure_4",),
     "reconstruction": ("evaluate_tokenizer",),

@@ -34,7 +34,15 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric
 
-from maskgit_pl.checks import ImageSize, check_image_size, check_integer, check_number, check_seed, height_width
+from maskgit_pl.checks import (
+    MAY_CHANGE,
+    ImageSize,
+    check_image_size,
+    check_integer,
+    check_number,
+    check_seed,
+    height_width,
+)
 from maskgit_pl.data import Batch, flip
 from maskgit_pl.data.batches import check_batch
 from maskgit_pl.distributed import mean_over_ranks
@@ -100,8 +108,8 @@ class TokenizerConfig:
     gradient_clip: float | None = None
     ema_decay: float = 0.999
     flip_probability: float = 0.0
-    seed: int = 0
-    activation_checkpointing: ActivationCheckpointing = "none"
+    seed: int = field(default=0, metadata=MAY_CHANGE)  # that of data is compared instead
+    activation_checkpointing: ActivationCheckpointing = field(default="none", metadata=MAY_CHANGE)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "image_size", check_image_size("image_size", self.image_size, "[1, 16384]"))

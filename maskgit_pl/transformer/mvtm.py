@@ -7,14 +7,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, field
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from maskgit_pl.checks import check_choice, check_integer
+from maskgit_pl.checks import MAY_CHANGE, check_choice, check_integer
 from maskgit_pl.data.batches import Batch
 from maskgit_pl.decoding.config import DecodingConfig, set_specs
 from maskgit_pl.decoding.decoder import DecodingStep, decode_classes
@@ -46,12 +46,12 @@ class MaskedTokenConfig(TokenModelConfig):
     """
 
     _: KW_ONLY
-    global_batch: int
+    global_batch: int = field(metadata=MAY_CHANGE)  # that of data is compared instead
     mask_schedule: str | dict[str, Any] = "cosine"
     mask_ratio: str | dict[str, Any] = "schedule"
     mask_positions: str | dict[str, Any] = "uniform"
     objective: str | dict[str, Any] = "masked_cross_entropy"
-    decoding: DecodingConfig = DecodingConfig()  # noqa: RUF009  # frozen
+    decoding: DecodingConfig = field(default=DecodingConfig(), metadata=MAY_CHANGE)  # only of pictures and exports
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -28,7 +28,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -42,7 +42,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MeanMetric
 
-from maskgit_pl.checks import check_class_names, check_folder, check_number, check_seed, height_width
+from maskgit_pl.checks import MAY_CHANGE, check_class_names, check_folder, check_number, check_seed, height_width
 from maskgit_pl.data.batches import Batch, check_batch, flip
 from maskgit_pl.decoding.config import DecodingConfig
 from maskgit_pl.decoding.decoder import DecodingStep
@@ -101,15 +101,15 @@ class TokenModelConfig:
 
     network: Annotated[BackboneConfig, BeforeValidator(read_config_values)]
     optimizer: OptimizerConfig
-    tokenizer: str
+    tokenizer: str = field(metadata=MAY_CHANGE)  # a path; the content of the folder is compared instead
     _: KW_ONLY
     label_smoothing: float = 0.1
     loss_vocabulary: LossVocabulary = "all"
     ema_decay: float = 0.999
     flip_probability: float = 0.0
-    seed: int = 0
-    activation_checkpointing: ActivationCheckpointing = "none"
-    compiled: Compiled = "none"
+    seed: int = field(default=0, metadata=MAY_CHANGE)  # that of data is compared instead
+    activation_checkpointing: ActivationCheckpointing = field(default="none", metadata=MAY_CHANGE)
+    compiled: Compiled = field(default="none", metadata=MAY_CHANGE)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "tokenizer", check_folder("tokenizer", self.tokenizer))  # a Path is no plain value

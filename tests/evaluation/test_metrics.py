@@ -133,8 +133,10 @@ def run(tiny_pretrained: Path, tiny_shards: Path, tmp_path: Path, monkeypatch: p
 
 @pytest.mark.slow
 def test_a_metric_of_another_package_is_measured_printed_and_searched_for(run: Path, tiny_shards: Path, capsys) -> None:
-    options = evaluation.EvaluationOptions(num_steps=2, likelihood_images=4, device="cpu")
-    report = evaluation.evaluate(run, data=tiny_shards, num_images=6, features=["classifier"], options=options)
+    options = evaluation.EvaluationOptions(
+        data=tiny_shards, num_images=6, features=["classifier"], num_steps=2, likelihood_images=4, device="cpu"
+    )
+    report = evaluation.evaluate(run, options)
     values = json.loads((run / "evaluation.json").read_text())["samples"]["exported_guidance"]
     assert values["packaged/classifier"] > 0
     console = Console(width=200, record=True)

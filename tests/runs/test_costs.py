@@ -13,7 +13,6 @@ from maskgit_pl.networks.backbone import backbones
 from maskgit_pl.networks.discriminators import DiscriminatorConfig
 from maskgit_pl.networks.transformer import TransformerConfig
 from maskgit_pl.networks.vqgan import VQGANConfig
-from maskgit_pl.runs.build import build_without_weights
 from maskgit_pl.runs.costs import (
     StepMeter,
     checkpoint_bytes,
@@ -21,6 +20,7 @@ from maskgit_pl.runs.costs import (
     step_memory,
     useful_flops,
 )
+from maskgit_pl.runs.fitting import build_without_weights
 from maskgit_pl.runs.plan import plan_run
 from maskgit_pl.tokenizer.adversarial import AdversarialConfig
 from maskgit_pl.training.checkpoints import newest_checkpoint
@@ -154,5 +154,5 @@ def test_the_size_of_a_checkpoint_is_that_of_its_files(tmp_path, tiny_shards, ti
     runs.fit(recipe, **folders)
     newest = newest_checkpoint(tmp_path / "one" / stage / "checkpoints")
     size = sum(file.stat().st_size for file in newest.iterdir())
-    module = build_without_weights(plan_run(recipe, **folders)).model
+    _, module = build_without_weights(plan_run(recipe, **folders))
     assert checkpoint_bytes(module) == pytest.approx(size, rel=0.03)

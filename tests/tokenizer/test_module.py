@@ -16,9 +16,9 @@ from torch.utils.data import DataLoader, IterableDataset
 from maskgit_pl.data import Batch
 from maskgit_pl.networks.discriminators import DiscriminatorConfig
 from maskgit_pl.networks.vqgan import VQGANConfig
+from maskgit_pl.tokenizer import adversarial as losses
 from maskgit_pl.tokenizer.adversarial import AdversarialConfig
 from maskgit_pl.tokenizer.losses import PerceptualConfig
-from maskgit_pl.tokenizer.module import adversarial as losses
 from maskgit_pl.training.optimizers import LearningRate
 from maskgit_pl.training.strategies import build_strategy
 from tests.forked import run_ranks
