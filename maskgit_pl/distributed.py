@@ -24,6 +24,8 @@ from torch import Tensor
 
 from maskgit_pl.checks import did_you_mean, shorten
 
+__all__ = ["describe_environment", "device_name", "find_device"]
+
 _TIMEOUT = datetime.timedelta(days=7)  # one rank may train a classifier while the others wait
 _CPUINFO = Path("/proc/cpuinfo")
 

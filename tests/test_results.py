@@ -15,9 +15,10 @@ from maskgit_pl.evaluation.ablation_page import make_ablation_page
 from maskgit_pl.evaluation.ledger import Ledger, Row
 from maskgit_pl.evaluation.pages import Page
 from maskgit_pl.evaluation.schedule_table import ScheduleResult, make_schedule_page
-from maskgit_pl.evaluation.tables import OTHER_STEPS, SETTINGS, make_editing_page, make_generation_page
-from maskgit_pl.evaluation.timing import METHODS, make_timing_page
 from maskgit_pl.runs.ablation import PAPER_SCHEDULES
+from paper.figure_4 import METHODS, make_timing_page
+from paper.table_1 import OTHER_STEPS, SETTINGS, make_generation_page
+from paper.table_2 import make_editing_page
 
 RESULTS = Path(__file__).parents[1] / "results"
 TABLES = RESULTS / "fashion-mnist"

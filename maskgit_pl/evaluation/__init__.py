@@ -1,11 +1,11 @@
-"""Measures trained models: ``evaluate``, ``evaluate_tokenizer``, ``compare``, ``tune``, tables, figures, ablations.
+"""Measures trained models: ``evaluate``, ``evaluate_tokenizer``, ``compare``, ``tune`` and ablations.
 
 ::
 
     from maskgit_pl import evaluation
 
-    page = evaluation.table_1(["runs/fashion-mnist-adaln"], evaluation.ReportOptions(num_images=2000))
-    page.write()                              # results/fashion-mnist/table-1.md, .csv and .png
+    report = evaluation.evaluate("runs/fashion-mnist-adaln", num_images=2000)
+    report.content                            # what evaluation.json has
 
 An ``Evaluator`` makes every measurement once, and keeps it in a ``Ledger``. The public names are imported on first use:
 importing this package imports neither torch nor Lightning nor Matplotlib.
@@ -19,14 +19,14 @@ from maskgit_pl.registry import lazy_names
 
 if TYPE_CHECKING:
     from maskgit_pl.evaluation.ablation import run_ablation
-    from maskgit_pl.evaluation.classifier import train_classifier
+    from maskgit_pl.evaluation.classifier import check_cas, train_classifier
     from maskgit_pl.evaluation.comparison import compare
     from maskgit_pl.evaluation.distilling import distill
     from maskgit_pl.evaluation.evaluator import EvaluatedModel, Evaluator
-    from maskgit_pl.evaluation.figures import figure_2
     from maskgit_pl.evaluation.ledger import Ledger
     from maskgit_pl.evaluation.metrics import ComparedImages, FeatureMetric
     from maskgit_pl.evaluation.model_evaluation import evaluate
+    from maskgit_pl.evaluation.opening import check_model_decoding, open_models, trained_recipe
     from maskgit_pl.evaluation.options import (
         CASConfig,
         ClassifierConfig,
@@ -36,9 +36,8 @@ if TYPE_CHECKING:
         TokenizerOptions,
         TuningOptions,
     )
+    from maskgit_pl.evaluation.reference import read_real_vectors
     from maskgit_pl.evaluation.schedule_table import table_3
-    from maskgit_pl.evaluation.tables import table_1, table_2
-    from maskgit_pl.evaluation.timing import figure_4
     from maskgit_pl.evaluation.tokenizer import evaluate_tokenizer
     from maskgit_pl.evaluation.tuning import tune
 
@@ -55,30 +54,31 @@ __all__ = [
     "ReportOptions",
     "TokenizerOptions",
     "TuningOptions",
+    "check_cas",
+    "check_model_decoding",
     "compare",
     "distill",
     "evaluate",
     "evaluate_tokenizer",
-    "figure_2",
-    "figure_4",
+    "open_models",
+    "read_real_vectors",
     "run_ablation",
-    "table_1",
-    "table_2",
     "table_3",
     "train_classifier",
+    "trained_recipe",
     "tune",
 ]
 
 _HOMES = {
     "ablation": ("run_ablation",),
-    "classifier": ("train_classifier",),
+    "classifier": ("check_cas", "train_classifier"),
     "comparison": ("compare",),
     "distilling": ("distill",),
     "evaluator": ("EvaluatedModel", "Evaluator"),
-    "figures": ("figure_2",),
     "ledger": ("Ledger",),
     "metrics": ("ComparedImages", "FeatureMetric"),
     "model_evaluation": ("evaluate",),
+    "opening": ("check_model_decoding", "open_models", "trained_recipe"),
     "options": (
         "CASConfig",
         "ClassifierConfig",
@@ -88,9 +88,8 @@ _HOMES = {
         "TokenizerOptions",
         "TuningOptions",
     ),
+    "reference": ("read_real_vectors",),
     "schedule_table": ("table_3",),
-    "tables": ("table_1", "table_2"),
-    "timing": ("figure_4",),
     "tokenizer": ("evaluate_tokenizer",),
     "tuning": ("tune",),
 }

@@ -18,6 +18,7 @@ from maskgit_pl.evaluation.options import ComparisonOptions, Spec, default_steps
 from maskgit_pl.evaluation.pages import (
     Page,
     choose_classes,
+    describe_provenance,
     heading,
     image_to_png,
     markdown_table,
@@ -25,7 +26,6 @@ from maskgit_pl.evaluation.pages import (
     metrics_of,
     paragraph,
 )
-from maskgit_pl.evaluation.tables import describe_provenance
 from maskgit_pl.pipeline.grids import image_grid
 from maskgit_pl.processes import Bars, no_bars
 from maskgit_pl.registry import describe

@@ -19,6 +19,8 @@ from filelock import lock_descriptor
 from maskgit_pl.distributed import rank_and_world
 from maskgit_pl.files import sync_open
 
+__all__ = ["FILE_NAME", "REAL", "Ledger", "Row", "digest_of", "shorten_digest"]
+
 Row: TypeAlias = dict[str, Any]
 
 FILE_NAME = "ledger.jsonl"

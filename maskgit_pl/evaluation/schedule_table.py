@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -16,10 +17,9 @@ from maskgit_pl.errors import code_span, markdown
 from maskgit_pl.evaluation.evaluator import collect_numbers
 from maskgit_pl.evaluation.figures import draw_figure_8
 from maskgit_pl.evaluation.ledger import Row
-from maskgit_pl.evaluation.opening import read_run_recipe
+from maskgit_pl.evaluation.opening import open_models, read_run_recipe
 from maskgit_pl.evaluation.options import ReportOptions, default_steps, with_steps
-from maskgit_pl.evaluation.pages import Page, heading, markdown_table, paragraph, seeds_cell
-from maskgit_pl.evaluation.tables import Runs, describe_provenance, open_models
+from maskgit_pl.evaluation.pages import Page, describe_provenance, heading, markdown_table, paragraph, seeds_cell
 from maskgit_pl.pipeline.pretrained import read_config
 from maskgit_pl.processes import Bars, no_bars
 from maskgit_pl.registry import describe
@@ -47,7 +47,7 @@ _BUDGET = (  # settings that all runs of Table 3 must share
 
 
 def table_3(
-    runs: Runs,
+    runs: Sequence[Path | str],
     options: ReportOptions | None = None,
     *,
     num_steps: Sequence[int] | None = None,
@@ -70,10 +70,10 @@ def table_3(
 
     Raises:
         FileNotFoundError: if a run or the data do not exist.
-        ValueError: if the training budgets differ, a model is autoregressive, or for a reason of ``table_1``.
+        ValueError: if the training budgets differ, a model is autoregressive, or for a reason of ``open_models``.
     """
     options = options or ReportOptions()
-    evaluator, models = open_models("table 3", runs, options, bars)
+    evaluator, models = open_models(runs, options, bars)
     count, seed = options.num_images, options.seed
     configs = [read_run_recipe(model.pretrained.parent / "transformer" / "config.yaml") for model in models]
     _check_budgets(dict(zip(map(str, runs), configs, strict=True)))

@@ -4,13 +4,11 @@ from typing import IO, Any
 
 import pytest
 import yaml
-from PIL import Image
 
+from maskgit_pl import evaluation
 from maskgit_pl.cli import main
-from maskgit_pl.evaluation.evaluator import Evaluator
 from maskgit_pl.evaluation.ledger import Ledger
 from maskgit_pl.runs import ablation
-from tests.cli.conftest import call_command as call
 from tests.conftest import flags, save_tiny_pretrained
 
 TINY = Path(__file__).parents[1] / "tiny"
@@ -36,70 +34,6 @@ def rows(results: Path, measurement: str) -> list[dict[str, Any]]:
     return Ledger(results / "ledger.jsonl").rows(measurement)
 
 
-# table and figure
-
-
-@pytest.mark.slow
-def test_table_1_is_measured_once_and_has_the_rows_of_the_paper(
-    runs: list[Path], tiny_shards: Path, judge: Path, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for number in range(2):
-        seed = save_tiny_pretrained(tmp_path / f"seed-{number}" / "pretrained", seed=number, attention="causal").parent
-        (seed / "transformer").mkdir()
-        (seed / "transformer" / "config.yaml").write_text(yaml.safe_dump({"data": {"seed": number}}))
-        runs.append(seed)
-    words = ["1", *runs, *common(tiny_shards, judge, tmp_path / "results"), "--cas-model", "none", "--num-steps", "1,4"]
-    assert call("table", *words) == 0
-    page = (tmp_path / "results" / "shards" / "table-1.md").read_text()
-    for text in ("| MaskGIT (bert) | `shoes-square` |", "| autoregressive (bert) | `seed-0`, `seed-1` |", "BigGAN-deep",
-                 "| real images |  |", "| T = 1 | T = 4 | T = 16 |", "| ms, batch 64 |"):  # fmt: skip
-        assert text in page
-    assert "MaskGIT" in capsys.readouterr().out
-    measured = rows(tmp_path / "results", "samples")
-    names = ["shoes-square", "shoes-cosine"]
-    assert [row["run"] for row in measured] == [*names, "seed-0", "seed-1", "", *names]
-    assert [row["num_steps"] for row in measured] == [4, 4, 16, 16, None, 1, 1]
-    assert all(row["commit"] and row["date"] and row["num_images"] == 12 for row in measured)
-    with Image.open(tmp_path / "results" / "shards" / "table-1.png") as picture:
-        assert picture.height > 100
-
-    monkeypatch.setattr(Evaluator, "generate", lambda *_, **__: pytest.fail("measured again"))
-    assert call("table", *words) == 0
-    assert rows(tmp_path / "results", "samples") == measured
-
-
-def test_figures_2_and_4_are_drawn_of_runs(runs: list[Path], tmp_path: Path) -> None:
-    call("figure", 2, *runs, "--results", tmp_path, "--class-name", "Trouser", "--seed", 3, "--device", "cpu")
-    page = (tmp_path / "figure-2.md").read_text()
-    assert "| MaskGIT | `shoes-cosine` | 4 |" in page
-    how = ["--results", tmp_path, "--device", "cpu", "--num-tokens", "4"]
-    call("figure", 4, runs[0], *how)
-    (network,) = {row["network"] for row in rows(tmp_path, "timing")}
-    assert network.startswith("bert, codebook_size 16, num_classes 3, num_token_groups 1, embed_dim 16, depth 1")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("text", ["data: {path: 3}", "x: " + "[" * 5000])
-def test_a_hostile_recipe_of_a_run_is_refused_in_one_line(runs: list[Path], text: str, capsys) -> None:
-    (runs[0] / "transformer").mkdir()
-    (runs[0] / "transformer" / "config.yaml").write_text(text)
-    assert main(["table", "1", str(runs[0]), "--device", "cpu"]) == 2
-    error = capsys.readouterr().err
-    assert "shoes-square" in error
-    assert error.count("\n") == 1
-
-
-@pytest.mark.slow
-def test_table_2_edits_held_out_images(runs: list[Path], tiny_shards: Path, judge: Path, tmp_path: Path) -> None:
-    call("table", 2, runs[0], *common(tiny_shards, judge, tmp_path / "results"))
-    measured = rows(tmp_path / "results", "editing")
-    assert [(row["task"], row["model"]) for row in measured] == [
-        (task, kind) for task in ("outpaint-right", "inpaint-centre") for kind in ("MaskGIT", "masked", "unedited")
-    ]
-    assert measured[2]["fid"] == measured[5]["fid"]  # the same images, as they are
-    assert "CoModGAN" in (tmp_path / "results" / "shards" / "table-2.md").read_text()
-
-
 @pytest.mark.slow
 def test_table_3_and_figure_8_choose_t_and_measure_it_again(
     runs: list[Path], tiny_shards: Path, judge: Path, tmp_path: Path
@@ -108,8 +42,10 @@ def test_table_3_and_figure_8_choose_t_and_measure_it_again(
     for run in runs:
         (run / "transformer").mkdir()
         (run / "transformer" / "config.yaml").write_text(yaml.safe_dump(config))
-    how = [*common(tiny_shards, judge, tmp_path / "results"), "--num-steps", "4,2,4"]
-    call("table", 3, *runs, *how)
+    options = evaluation.ReportOptions(
+        data=tiny_shards, features=[f"classifier={judge}"], results=tmp_path / "results", num_images=12, device="cpu"
+    )
+    evaluation.table_3(runs, options, num_steps=[4, 2, 4]).write()
     measured = rows(tmp_path / "results", "samples")
     steps = [(row["run"], row["num_steps"], row["seed"]) for row in measured if row["run"]]
     assert [number for _, number, seed in steps if seed == 0] == [2, 4] * len(runs)
@@ -125,7 +61,7 @@ def test_table_3_and_figure_8_choose_t_and_measure_it_again(
 
     (runs[0] / "transformer" / "config.yaml").write_text(yaml.safe_dump({**config, "trainer": {"max_steps": 50}}))
     with pytest.raises(ValueError, match=r"trainer\.max_steps must be the same in all runs, .*/shoes-square 50"):
-        call("table", 3, *runs, *how)
+        evaluation.table_3(runs, options)
 
 
 # ablation
