@@ -258,14 +258,14 @@ def open_evaluator(
     reference: Path | None = None,
     bars: Bars = no_bars,
 ) -> Evaluator:
-    """Opens the evaluator of the runs of a data set, and trains the classifier of the data if it is missing.
+    """Opens the evaluator of the runs of a data set.
 
     ``folders`` are those of the first run. ``reference`` is a file in the layout of ADM to compare with; None for the
     val split.
     """
     if reference is not None:
-        ArrayFile(reference, thing="reference")  # a wrong file is refused before a classifier is trained
-    extractors = open_extractors(folders.classifier, data, features, device=device, bars=bars)
+        ArrayFile(reference, thing="reference")  # a wrong file is refused before networks are read
+    extractors = open_extractors(folders.classifier, data, features, device=device)
     on_images = bars(f"real images: {', '.join(each.label for each in extractors)}", data.summary.samples["val"])
     if reference is not None:  # the classes of its images are unknown
         references = read_references(reference, extractors, folder=folders.references, on_images=on_images)
