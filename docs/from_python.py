@@ -32,6 +32,7 @@ assert runs.fit(second, run="notebook", data=data).was_finished
 run = Path("runs/notebook")
 pipe = MaskGIT.from_pretrained(transformer.pretrained)
 pipe.generate(pipe.class_names[0], seed=0)[0].save("image.png")
+evaluation.train_classifier(data)  # in whose features images are compared
 report = evaluation.evaluate(run, data=data, num_images=30, features=["classifier"])
 Console().print(report.table())
 found = evaluation.tune(run, data=data, trials=2, num_images=30)

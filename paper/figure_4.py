@@ -10,9 +10,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from functools import partial
-from pathlib import Path
 from statistics import median
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 from matplotlib.figure import Figure
@@ -20,8 +19,7 @@ from matplotlib.ticker import EngFormatter, LogLocator
 
 from maskgit_pl import MaskGIT, mask_schedules
 from maskgit_pl.cli import run_script
-from maskgit_pl.cli.arguments import Word
-from maskgit_pl.cli.flags import ReportFlags, write_page
+from maskgit_pl.cli.flags import ReportFlags, Run, write_page
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.distributed import describe_environment, find_device
 from maskgit_pl.evaluation.ledger import FILE_NAME, Ledger, Row
@@ -48,9 +46,9 @@ _COLOURS = {"MaskGIT": "#0d7d6c", "autoregressive, KV cache": "#d98b1f", "autore
 
 
 def figure_4(
-    run: Annotated[Path, Word("RUN")] | None = None,
+    run: Run | None = None,
     *,
-    num_tokens: Annotated[tuple[int, ...], Word("N,...")] = NUM_TOKENS,
+    num_tokens: tuple[int, ...] = NUM_TOKENS,
     report: ReportFlags = ReportFlags(),
 ) -> None:
     """Draws Figure 4: time per image of autoregressive decoding and of MaskGIT against the number of tokens.

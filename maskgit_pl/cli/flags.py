@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from maskgit_pl.pipeline import MaskGIT
     from maskgit_pl.pipeline.display import Recording
 
-__all__ = ["Numbers", "ReportFlags", "Runs", "write_page"]
+__all__ = ["Numbers", "ReportFlags", "Run", "Runs", "write_page"]
 
 Folder = Annotated[Path, Word("DIR")]
 Run = Annotated[Path, Word("RUN")]
