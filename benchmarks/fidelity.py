@@ -24,7 +24,7 @@ from torch_fidelity import calculate_metrics
 from maskgit_pl.data import ShardData, ShardDataConfig
 from maskgit_pl.data.manifest import read_manifest_summary
 from maskgit_pl.evaluation.distances import frechet_distance, inception_score, kernel_distance, precision_recall
-from maskgit_pl.evaluation.features import Extractor, ImageFeatures, extract, iter_image_batches
+from maskgit_pl.evaluation.extractors import Extractor, ImageFeatures, extract, iter_image_batches
 from maskgit_pl.evaluation.reference import Statistics, iter_real_batches
 from maskgit_pl.networks.features import Inception, InceptionSpec
 

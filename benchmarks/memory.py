@@ -21,7 +21,7 @@ from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.networks.transformer import MaskedTransformer, TransformerConfig
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
 from maskgit_pl.networks.weights import skeletons
-from maskgit_pl.pipeline.pretrained import fingerprint, save_tokenizer, save_transformer
+from maskgit_pl.pretrained.networks import fingerprint, save_tokenizer, save_transformer
 
 RELEASED = VQGANConfig(3, base_channels=128, channel_multipliers=(1, 1, 2, 2, 4), codebook_size=1024, code_dim=256)
 _RUN = """

@@ -20,18 +20,18 @@ from torch.optim import AdamW
 from torchvision.models import vgg
 
 from maskgit_pl.data import Batch
+from maskgit_pl.grids import to_unit_range
+from maskgit_pl.networks.classifiers import FrozenNetwork
 from maskgit_pl.networks.discriminators import DiscriminatorConfig
-from maskgit_pl.networks.feature_networks import FrozenNetwork
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig, VQGANOutput
-from maskgit_pl.pipeline.grids import to_unit_range
-from maskgit_pl.tokenizer import Tokenizer
-from maskgit_pl.training.optimizers import LearningRate, OptimizerConfig
-from maskgit_pl.training.tokenizer_losses import (
+from maskgit_pl.tokenizer.losses import (
     AdversarialConfig,
     LossInputs,
     TokenizerConfig,
     TokenizerLoss,
 )
+from maskgit_pl.tokenizer.module import Tokenizer
+from maskgit_pl.training.optimizers import LearningRate, OptimizerConfig
 
 # Source: configs/imagenet_vqgan.yaml of CompVis/taming-transformers (0.8: discriminator_weight).
 _RATE, _BETAS, _ADVERSARIAL_WEIGHT, _PERCEPTUAL_WEIGHT, _COMMITMENT = 4.5e-6, (0.5, 0.9), 0.8, 1.0, 0.25

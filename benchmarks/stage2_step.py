@@ -28,8 +28,8 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 
 from maskgit_pl.data.loader import StepDataModule
-from maskgit_pl.mvtm import MaskedTokenConfig, MaskedTokenModel
 from maskgit_pl.training.optimizers import LearningRate, OptimizerConfig
+from maskgit_pl.transformer.mvtm import MaskedTokenConfig, MaskedTokenModel
 
 _RATE, _BETAS, _WEIGHT_DECAY, _CLIP, _SMOOTHING, _EMA_DECAY = 1e-4, (0.9, 0.96), 0.045, 1.0, 0.1, 0.999
 PLAIN = "plain PyTorch"

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from maskgit_pl import MaskGIT, MaskSampler, mask_schedules
 from maskgit_pl.evaluation.figures import count_known_tokens, draw_schedules
-from maskgit_pl.pipeline.grids import image_grid, save_png
+from maskgit_pl.grids import image_grid, save_png
 
 FOLDER = Path(__file__).parent / "how-it-works"
 COLOURS = {"sqrt": "#c58b3a", "linear": "#6d9a5c", "cosine": "#d1460f", "cubic": "#14427a"}  # few tokens first, or many

@@ -9,16 +9,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from maskgit_pl.autoregressive import AutoregressiveConfig, AutoregressiveModel
     from maskgit_pl.decoding import AutoregressiveDecoder, ParallelDecoder
     from maskgit_pl.evaluation.demo_steps import demo
     from maskgit_pl.masking import MaskSampler
-    from maskgit_pl.mvtm import MaskedTokenConfig, MaskedTokenModel
     from maskgit_pl.pipeline import MaskGIT
     from maskgit_pl.schedules import mask_schedules
-    from maskgit_pl.tokenizer import Tokenizer
+    from maskgit_pl.tokenizer.losses import TokenizerConfig
+    from maskgit_pl.tokenizer.module import Tokenizer
     from maskgit_pl.training.optimizers import LearningRate, OptimizerConfig
-    from maskgit_pl.training.tokenizer_losses import TokenizerConfig
+    from maskgit_pl.transformer.autoregressive import AutoregressiveConfig, AutoregressiveModel
+    from maskgit_pl.transformer.mvtm import MaskedTokenConfig, MaskedTokenModel
 
 __version__ = "0.2.0"
 __all__ = [
@@ -50,7 +50,7 @@ _HOMES = {
     "ParallelDecoder": "decoding",
     "AutoregressiveDecoder": "decoding",
     "Tokenizer": "tokenizer",
-    "TokenizerConfig": "training.tokenizer_losses",
+    "TokenizerConfig": "tokenizer.losses",
     "demo": "evaluation.demo_steps",
     "mask_schedules": "schedules",
 }

@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from maskgit_pl.checks import did_you_mean, shorten
+from maskgit_pl.text import did_you_mean, shorten
 
 __all__ = ["describe_environment", "device_name", "find_device"]
 

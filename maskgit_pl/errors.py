@@ -37,7 +37,7 @@ from contextlib import suppress
 from itertools import islice
 from typing import ClassVar
 
-from maskgit_pl.checks import did_you_mean
+from maskgit_pl.text import did_you_mean
 
 BAD_INPUT = 2
 INTERNAL_ERROR = 70

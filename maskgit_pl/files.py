@@ -1,6 +1,6 @@
 """Atomic writes of files, hashes, and checked reading of untrusted JSON, YAML and zip archives.
 
-Used by everything that writes to disk: a file has its name only when all of it is on disk. ``data.folders`` writes
+Used by everything that writes to disk: a file has its name only when all of it is on disk. ``folders`` writes
 whole folders. The readers return plain values (numbers, strings, lists, mappings), which name no class and no other
 file, and limit size and depth. The directory of a zip is limited before ``zipfile`` parses all of it.
 """
@@ -26,7 +26,7 @@ from typing import IO, TYPE_CHECKING, Any, cast
 import yaml
 from safetensors import SafetensorError
 
-from maskgit_pl.checks import shorten
+from maskgit_pl.text import shorten
 
 if TYPE_CHECKING:
     from torch import Tensor

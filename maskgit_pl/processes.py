@@ -13,7 +13,7 @@ case, as after a kill.
 Workers: ``run_jobs`` runs a function over many shards, in this process or in several, with equal results.
 
 Progress: bars on a terminal, log lines every 15 seconds elsewhere, for every command that works for longer than a few
-seconds. Training runs use ``training.callbacks``. The lines go to the log, not to the output of a command.
+seconds. Training runs use ``runs.callbacks``. The lines go to the log, not to the output of a command.
 """
 
 from __future__ import annotations
@@ -33,8 +33,9 @@ from typing import Any, Literal, NamedTuple, TypeVar
 
 from tqdm import tqdm
 
-from maskgit_pl.checks import check_integer, shorten
+from maskgit_pl.checks import check_integer
 from maskgit_pl.errors import INTERRUPTED, DataWorkerError, is_user_error
+from maskgit_pl.text import shorten
 
 __all__ = ["Bars", "no_bars", "progress_bars"]
 

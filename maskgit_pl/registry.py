@@ -20,8 +20,8 @@ from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Generic, NamedTuple, TypeVar, cast
 
-from maskgit_pl.checks import build_dataclass, check_keys, did_you_mean, shorten
-from maskgit_pl.errors import printable
+from maskgit_pl.checks import build_dataclass, check_keys
+from maskgit_pl.text import did_you_mean, printable, shorten
 
 __all__ = [
     "PluginError",

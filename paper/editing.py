@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from maskgit_pl import MaskGIT
-from maskgit_pl.pipeline.pretrained import PretrainedTokenizer
 from maskgit_pl.pipeline.regions import pixel_region
+from maskgit_pl.pretrained.networks import PretrainedTokenizer
 
 Task = Literal["outpaint-right", "inpaint-centre"]
 _GREY = 128  # uint8 value of hidden pixels

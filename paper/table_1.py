@@ -44,7 +44,7 @@ from maskgit_pl.evaluation.pages import (
     title,
     word_cell,
 )
-from maskgit_pl.pipeline.grids import image_grid
+from maskgit_pl.grids import image_grid
 from maskgit_pl.processes import progress_bars
 from paper.timing import BATCH_SIZES, measure_costs
 

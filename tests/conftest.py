@@ -18,14 +18,14 @@ import yaml
 from maskgit_pl.checks import ImageSize
 from maskgit_pl.data.images import encode_png
 from maskgit_pl.data.index import find_shards, index_shards
-from maskgit_pl.data.sources.making import open_source
+from maskgit_pl.data.sources.shards import open_source
 from maskgit_pl.data.writer import make_shards
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.decoding.config import AutoregressiveDecoding
 from maskgit_pl.networks.backbone import Attention
 from maskgit_pl.networks.transformer import MaskedTransformer, TransformerConfig
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
-from maskgit_pl.pipeline.pretrained import PretrainedTokenizer, fingerprint, save_tokenizer, save_transformer
+from maskgit_pl.pretrained.networks import PretrainedTokenizer, fingerprint, save_tokenizer, save_transformer
 
 sys.path.insert(0, str(Path(__file__).parent / "golden"))  # modules of check.py, which runs from this folder
 os.environ["ARROW_DEFAULT_MEMORY_POOL"] = "system"  # which returns what is freed

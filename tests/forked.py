@@ -148,7 +148,7 @@ def _run(what: list[str] | str, environment: dict[str, str], cwd: str, files: li
 HOLD = """
 import os, sys, time
 from pathlib import Path
-from maskgit_pl.data.folders import hold_lock
+from maskgit_pl.folders import hold_lock
 rank = int(sys.argv[3]) if sys.argv[3:] else None
 with hold_lock(Path(sys.argv[1]), hint="wait", rank=rank):
     if sys.argv[2] == "fork":

@@ -10,15 +10,15 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.utils._pytree import keystr, tree_flatten_with_path
 
-from maskgit_pl.autoregressive import AutoregressiveConfig, AutoregressiveModel
 from maskgit_pl.data import ShardData, ShardDataConfig
-from maskgit_pl.mvtm import MaskedTokenConfig, MaskedTokenModel
 from maskgit_pl.networks.transformer import TransformerConfig
 from maskgit_pl.networks.vqgan import VQGANConfig
-from maskgit_pl.tokenizer import Tokenizer
+from maskgit_pl.tokenizer.losses import TokenizerConfig
+from maskgit_pl.tokenizer.module import Tokenizer
 from maskgit_pl.training.checkpoints import Checkpoints, FolderCheckpointIO
 from maskgit_pl.training.optimizers import LearningRate, OptimizerConfig
-from maskgit_pl.training.tokenizer_losses import TokenizerConfig
+from maskgit_pl.transformer.autoregressive import AutoregressiveConfig, AutoregressiveModel
+from maskgit_pl.transformer.mvtm import MaskedTokenConfig, MaskedTokenModel
 
 RATE = LearningRate(1e-3)
 

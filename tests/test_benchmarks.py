@@ -277,7 +277,7 @@ def test_a_ratio_is_the_median_over_the_rounds_with_its_range(script):
 
 INFERENCE = """
 import sys
-import maskgit_pl.pipeline.grids, maskgit_pl.pipeline.regions
+import maskgit_pl.grids, maskgit_pl.pipeline.regions
 from maskgit_pl import MaskGIT, ParallelDecoder
 from maskgit_pl.importers import released, tokenizers, transformers
 from maskgit_pl.pipeline.bulk import generate_many

@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import pytest
 import torch
+from maskgit_pl.text import shorten
 
 from maskgit_pl.checks import (
     as_image_size,
@@ -26,7 +27,6 @@ from maskgit_pl.checks import (
     plain_list,
     plain_number,
     plain_size,
-    shorten,
 )
 
 REFUSALS = [

@@ -13,7 +13,7 @@ import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from maskgit_pl.pipeline.pretrained import load_tokenizer
+from maskgit_pl.pretrained.networks import load_tokenizer
 from maskgit_pl.training import health
 from maskgit_pl.training.checkpoints import FolderCheckpointIO, newest_checkpoint
 from tests.conftest import flags

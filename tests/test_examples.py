@@ -12,7 +12,7 @@ from PIL import Image
 
 from maskgit_pl import MaskGIT
 from maskgit_pl.data.images import encode_png
-from maskgit_pl.data.sources.making import open_source
+from maskgit_pl.data.sources.shards import open_source
 from maskgit_pl.data.writer import make_shards
 from maskgit_pl.evaluation.ledger import FILE_NAME, Ledger
 from tests.short_runs import assert_equal, data, tiny_module

@@ -13,12 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from maskgit_pl.text import parse_size
 
-from maskgit_pl.data.folders import replace_folder, resolve_folder, write_folder
 from maskgit_pl.errors import exit_code_of
 from maskgit_pl.files import (
     check_writable,
-    parse_size,
     parse_yaml,
     read_json,
     read_yaml,
@@ -29,6 +28,7 @@ from maskgit_pl.files import (
     write_tensors,
     write_text,
 )
+from maskgit_pl.folders import replace_folder, resolve_folder, write_folder
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from maskgit_pl.data import Batch
 from maskgit_pl.data.loader import StepDataModule
 from maskgit_pl.networks.adaln import AdaLNConfig
 from maskgit_pl.networks.transformer import TransformerConfig
-from maskgit_pl.training.token_model import TokenModel
+from maskgit_pl.transformer.token_model import TokenModel
 from tests.short_runs import autoregressive_model, masked_model
 
 SIZES = {"embed_dim": 16, "depth": 2, "num_heads": 2, "mlp_dim": 32, "dropout": 0.0}

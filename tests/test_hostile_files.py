@@ -15,15 +15,15 @@ from torch import Tensor
 from maskgit_pl.data.samples import Labels
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.files import write_tensors
-from maskgit_pl.networks.feature_networks import (
+from maskgit_pl.networks.classifiers import (
     ClassifierSizes,
     create_classifier,
     describe_classifier,
     load_classifier,
 )
-from maskgit_pl.pipeline.pretrained import load_tokenizer, load_transformer, read_decoding, save_decoding
+from maskgit_pl.pretrained.networks import load_tokenizer, load_transformer, read_decoding, save_decoding
 from maskgit_pl.training.speed import read_training_time
-from tests.pipeline.test_pretrained import bounded_memory, equal, save_both
+from tests.pretrained.test_networks import bounded_memory, equal, save_both
 
 SECONDS, MEMORY = 10, 500_000_000  # of a load, at most; a load of what is here takes 10 ms and 1 MB
 DEPTHS = (300, 600, 900, 100_000)  # Python's own limit is about 1000 calls, and code that walks a tree needs several

@@ -9,7 +9,7 @@ import pytest
 from lightning.pytorch import Callback
 
 from maskgit_pl.data import Batch
-from maskgit_pl.training.callbacks import UnreadableReport
+from maskgit_pl.runs.callbacks import UnreadableReport
 from maskgit_pl.training.optimizers import LearningRate
 from tests.short_runs import data, fit, tiny_module
 

@@ -10,12 +10,12 @@ import yaml
 from maskgit_pl.cli import main
 from maskgit_pl.contrib.inspect_page import read_logs
 from maskgit_pl.data.images import encode_png
-from maskgit_pl.data.sources.making import open_source
+from maskgit_pl.data.sources.shards import open_source
 from maskgit_pl.data.writer import make_shards
 from maskgit_pl.files import read_yaml
 from maskgit_pl.networks.backbone import build_config
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
-from maskgit_pl.pipeline.pretrained import load_tokenizer, load_transformer
+from maskgit_pl.pretrained.networks import load_tokenizer, load_transformer
 from maskgit_pl.runs.fitting import fit_stage
 from maskgit_pl.runs.layers import merge
 from maskgit_pl.runs.plan import Plan

@@ -14,13 +14,13 @@ from torch import Tensor
 from maskgit_pl.decoding import ParallelDecoder, SeededNoise
 from maskgit_pl.decoding.guidance import GuidanceSchedule, guidance_scales, guidance_schedules
 from maskgit_pl.decoding.selectors import TokenSelector, token_selectors
-from maskgit_pl.losses import Objective, TokenLosses, objectives
 from maskgit_pl.masking import MaskPositions, MaskRatio, MaskSampler, mask_positions, mask_ratios
 from maskgit_pl.networks.discriminators import DiscriminatorConfig, PatchDiscriminatorConfig, discriminators
 from maskgit_pl.networks.features import LPIPSSpec, feature_networks, perceptual_networks
 from maskgit_pl.networks.quantizers import quantizers
 from maskgit_pl.registry import PluginError, Registry
 from maskgit_pl.schedules import MaskSchedule, Pow, mask_schedules
+from maskgit_pl.transformer.losses import Objective, TokenLosses, objectives
 from tests.installed_packages import install
 
 

@@ -20,9 +20,9 @@ from importlib import import_module
 from typing import Any, NoReturn, TextIO
 
 from maskgit_pl import __version__
-from maskgit_pl.checks import did_you_mean, shorten
 from maskgit_pl.cli.arguments import add_command, fill_parser, flag_of, read_call, takes_overrides
-from maskgit_pl.errors import BAD_INPUT, PrintableFormatter, describe_error, exit_code_of, is_user_error
+from maskgit_pl.errors import BAD_INPUT, describe_error, exit_code_of, is_user_error
+from maskgit_pl.text import PrintableFormatter, did_you_mean, shorten
 
 __all__ = ["build_parser", "main", "run_script"]
 

@@ -36,9 +36,10 @@ from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, NamedTuple, Union, Unpack, get_args, get_origin, get_type_hints
 
-from maskgit_pl.checks import check_choice, shorten
+from maskgit_pl.checks import check_choice
 from maskgit_pl.files import check_writable
 from maskgit_pl.runs.layers import parse_spec
+from maskgit_pl.text import shorten
 
 _OVERRIDES = "overrides"
 _METAVARS: dict[Any, str] = {int: "N", float: "X", str: "NAME", Path: "PATH"}

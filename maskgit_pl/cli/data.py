@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
-from maskgit_pl.checks import count_text
 from maskgit_pl.cli.arguments import Word
 from maskgit_pl.cli.flags import Folder, ImageSize, check_one_of
 from maskgit_pl.data.sources.public import public_datasets
 from maskgit_pl.processes import named_bars
+from maskgit_pl.text import count_text
 
 
 def _read_class_names(flag: str, text: str) -> Sequence[str]:
@@ -57,7 +57,7 @@ def make(
         class_names: Class names in order, or a file with one name per line (default: those of the source).
         num_workers: Worker processes (default: one per CPU core, fewer for little data).
     """
-    from maskgit_pl.data.sources.making import convert_images
+    from maskgit_pl.data.sources.shards import convert_images
 
     convert_images(
         source,
@@ -161,7 +161,7 @@ def fetch(name: str, *, out: Folder | None = None, source: Path | None = None) -
         source: Existing files in place of a download to data/raw/NAME: the folder of the IDX files or of the
             packages, or bmng.jpg.
     """
-    from maskgit_pl.data.sources.making import fetch_dataset
+    from maskgit_pl.data.sources.shards import fetch_dataset
 
     fetch_dataset(name, out, source=source)
 

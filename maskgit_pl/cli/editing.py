@@ -7,11 +7,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Unpack
 
-from maskgit_pl.checks import check_integer, count_text, height_width, pixels_text
+from maskgit_pl.checks import check_integer, height_width, pixels_text
 from maskgit_pl.cli.arguments import Output, Word
 from maskgit_pl.cli.flags import ModelFlags, Pictures, Run, check_one_of, record_steps
-from maskgit_pl.errors import printable
 from maskgit_pl.pipeline.options import MAX_RESULTS, DecodingSettings
+from maskgit_pl.text import count_text, printable
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -211,7 +211,8 @@ def _edit(
     ``original`` (C, H, W) uint8 is on the canvas of the results, and ``mask`` (H, W) bool is the region that the user
     named; the picture also shows the larger one of whole tokens.
     """
-    from maskgit_pl.pipeline import display, grids, regions
+    from maskgit_pl import grids
+    from maskgit_pl.pipeline import display, regions
 
     label, decoding = None if class_ is None else pipe.classes.parse(class_), pipe.decoding_with(**settings)
     count = check_integer("variants", variants.variants, f"[1, {MAX_RESULTS}]")
@@ -293,7 +294,8 @@ def panorama(
         batch_size: Images per batch.
         out: Picture of all images.
     """
-    from maskgit_pl.pipeline import display, grids
+    from maskgit_pl import grids
+    from maskgit_pl.pipeline import display
 
     pipe = model.open(folder)
     labels, decoding = pipe.classes.parse_list(classes), pipe.decoding_with(**decoding_settings)

@@ -13,10 +13,10 @@ from typing import Annotated, Any, Literal
 from maskgit_pl import runs
 from maskgit_pl.cli.arguments import Word
 from maskgit_pl.cli.flags import Folder, Run, print_rows
-from maskgit_pl.errors import printable
-from maskgit_pl.files import sha256_of, size_text
+from maskgit_pl.files import sha256_of
 from maskgit_pl.importers import LayoutName
 from maskgit_pl.runs.recipe import Stage
+from maskgit_pl.text import printable, size_text
 
 File = Annotated[Path, Word("FILE")]
 

@@ -12,14 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from maskgit_pl import pipeline
-from maskgit_pl.checks import count_text
 from maskgit_pl.cli.arguments import Output, Word, flag_of
-from maskgit_pl.errors import printable
 from maskgit_pl.evaluation.options import FEATURES, Dtype, ReportOptions
 from maskgit_pl.processes import named_bars
 from maskgit_pl.runs.layers import parse_specs
 from maskgit_pl.runs.plan import Folders
 from maskgit_pl.runs.recipe import DEFAULT_DATASET, Recipe, Stage
+from maskgit_pl.text import count_text, printable
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -131,7 +130,7 @@ class ModelFlags:
             folder: The run or model that the user names. See ``MaskGIT.from_pretrained``.
             local_rank: Local rank of a process that shares the GPUs of its node with others.
         """
-        from maskgit_pl.distributed import check_device, default_device, parse_dtype
+        from maskgit_pl.devices import check_device, default_device, parse_dtype
 
         device = self.device or default_device(local_rank=local_rank)
         pipe = pipeline.MaskGIT.from_pretrained(
@@ -192,7 +191,7 @@ class Pictures:
             seeds: Seed of each image.
             recording: Decoding of the first images; None if no file shows it.
         """
-        from maskgit_pl.pipeline import grids  # which imports torch
+        from maskgit_pl import grids  # which imports torch
 
         out.parent.mkdir(parents=True, exist_ok=True)
         grids.save_png(sheet, out)

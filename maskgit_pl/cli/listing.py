@@ -9,10 +9,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from maskgit_pl.checks import CHANNELS, check_choice, check_integer, count_text, pixels_text
+from maskgit_pl.checks import CHANNELS, check_choice, check_integer, pixels_text
 from maskgit_pl.cli.arguments import Output, Word
 from maskgit_pl.cli.flags import Folder, Specs, print_json, print_rows
-from maskgit_pl.errors import printable
 from maskgit_pl.files import read_json, read_text, write_atomically
 from maskgit_pl.pipeline.sharing import bundled_models
 from maskgit_pl.registry import describe, nearest
@@ -20,6 +19,7 @@ from maskgit_pl.runs import recipe
 from maskgit_pl.runs.layers import Kind
 from maskgit_pl.runs.recipe import STAGES, Stage
 from maskgit_pl.schedules import mask_schedules
+from maskgit_pl.text import count_text, printable
 
 if TYPE_CHECKING:
     from maskgit_pl.registry import Registry
@@ -34,7 +34,7 @@ REGISTRIES = {  # module of each registry, by the name of the registry
     "distillations": "distillation",
     "backbones": "networks.backbone",
     "quantizers": "networks.quantizers",
-    "tokenizer_losses": "training.tokenizer_losses",
+    "tokenizer_losses": "tokenizer.losses",
     "discriminators": "networks.discriminators",
     "perceptual_networks": "networks.features",
     "feature_networks": "networks.features",
@@ -44,7 +44,7 @@ REGISTRIES = {  # module of each registry, by the name of the registry
     "augmentations": "data.augmentations",
     "optimizers": "training.optimizers",
     "loggers": "training.loggers",
-    "callbacks": "training.callbacks",
+    "callbacks": "runs.callbacks",
 }
 
 _KINDS: tuple[Stage | Literal["cluster"], ...] = (*STAGES, "cluster")
@@ -190,7 +190,7 @@ def env() -> None:
     """
     import torch
 
-    from maskgit_pl.distributed import default_device, describe_environment, device_name
+    from maskgit_pl.devices import default_device, describe_environment, device_name
 
     values = describe_environment()
     values["default device"] = device_name(torch.device(default_device()))

@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Annotated
 
 from maskgit_pl import evaluation
-from maskgit_pl.checks import count_text
 from maskgit_pl.cli.arguments import Word
 from maskgit_pl.cli.flags import Folder, ReportFlags, Seeds, check_one_of, write_page
-from maskgit_pl.errors import printable
 from maskgit_pl.processes import progress_bars
 from maskgit_pl.runs.ablation import FOLDER, PAPER_SCHEDULES, AblationConfig, Factor, parse_factor
 from maskgit_pl.runs.layers import split_values
 from maskgit_pl.runs.recipe import DEFAULT_DATASET, Stage
+from maskgit_pl.text import count_text, printable
 
 
 def ablation(

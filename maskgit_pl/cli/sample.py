@@ -10,12 +10,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Unpack
 
-from maskgit_pl.checks import check_integer, count_text
+from maskgit_pl.checks import check_integer
 from maskgit_pl.cli.arguments import Output, Word
 from maskgit_pl.cli.flags import Device, Folder, ModelFlags, Pictures, Run, check_one_of, record_steps
-from maskgit_pl.data.folders import hold_lock
+from maskgit_pl.folders import hold_lock
 from maskgit_pl.pipeline.options import MAX_RESULTS, DecodingSettings
 from maskgit_pl.processes import launcher_rank, local_rank, named_bars
+from maskgit_pl.text import count_text
 
 if TYPE_CHECKING:
     from maskgit_pl.evaluation.acceptance import Acceptance
@@ -149,7 +150,7 @@ def _generate(
     pipe: MaskGIT, classes: list[int], per_class: int, seed: int, pictures: Pictures, out: Path, **options: Any
 ) -> None:
     """Generates ``per_class`` images of each class, records the decoding of some of them, and writes all files."""
-    from maskgit_pl.pipeline.grids import image_grid
+    from maskgit_pl.grids import image_grid
 
     # One row of the picture for each class.
     labels = [label for label in classes for _ in range(per_class)]

@@ -31,14 +31,15 @@ import torch
 from torch import Tensor, nn
 
 from maskgit_pl.checks import height_width
-from maskgit_pl.data.folders import check_new_folder, write_folder
 from maskgit_pl.decoding.guidance import step_progress
 from maskgit_pl.decoding.sampling import CodeSampling
-from maskgit_pl.files import sha256_of, size_text, write_text
+from maskgit_pl.files import sha256_of, write_text
+from maskgit_pl.folders import check_new_folder, write_folder
 from maskgit_pl.networks.backbone import Backbone, BackboneConfig
 from maskgit_pl.pipeline.model import MaskGIT
-from maskgit_pl.pipeline.pretrained import PretrainedTokenizer, PretrainedTransformer, read_config
 from maskgit_pl.pipeline.sharing import find_folder
+from maskgit_pl.pretrained.networks import PretrainedTokenizer, PretrainedTransformer, read_config
+from maskgit_pl.text import size_text
 
 Format = Literal["onnx", "pt2"]
 Call: TypeAlias = Callable[[Mapping[str, Tensor]], Tensor]

@@ -26,19 +26,19 @@ import torch
 from torch import Tensor
 
 from maskgit_pl.checks import check_integer
-from maskgit_pl.distributed import find_device, parse_dtype
-from maskgit_pl.errors import plain_label, printable
+from maskgit_pl.devices import find_device, parse_dtype
 from maskgit_pl.evaluation.classifier import open_images
-from maskgit_pl.evaluation.opening import read_run_recipe
+from maskgit_pl.evaluation.folders import read_run_recipe
 from maskgit_pl.evaluation.pages import figure_to_png, image_to_png
+from maskgit_pl.evaluation.reconstruction import ReconstructionMeter, psnr
 from maskgit_pl.evaluation.reference import iter_real_batches
-from maskgit_pl.evaluation.tokenizer import ReconstructionMeter, psnr
 from maskgit_pl.files import open_regular, write_text
+from maskgit_pl.grids import image_grid, reconstruction_grid
 from maskgit_pl.pipeline.display import select_steps
-from maskgit_pl.pipeline.grids import image_grid, reconstruction_grid
-from maskgit_pl.pipeline.pretrained import PretrainedTokenizer, load_tokenizer
+from maskgit_pl.pretrained.networks import PretrainedTokenizer, load_tokenizer
 from maskgit_pl.runs.fitting import export
 from maskgit_pl.runs.layers import value_at
+from maskgit_pl.text import plain_label, printable
 from maskgit_pl.training.health import Problem, find_problems, grace_steps
 
 log = logging.getLogger(__name__)

@@ -17,10 +17,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from maskgit_pl.checks import check_number, shorten
+from maskgit_pl.checks import check_number
 from maskgit_pl.data.images import fit_image, resize
 from maskgit_pl.randomness import random_uniform
 from maskgit_pl.registry import Registry, derives_from
+from maskgit_pl.text import shorten
 
 Augment = Callable[[Tensor, tuple[int, int]], Tensor]
 """A function of an image (C, h, w) uint8 and the size (H, W) of the model's images, which returns an image."""

@@ -20,8 +20,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from maskgit_pl.errors import printable
-from maskgit_pl.files import size_text
+from maskgit_pl.text import printable, size_text
 
 if TYPE_CHECKING:
     from PIL import Image

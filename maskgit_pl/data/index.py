@@ -22,14 +22,14 @@ from typing import NamedTuple
 import numpy as np
 from braceexpand import braceexpand
 
-from maskgit_pl.checks import shorten
-from maskgit_pl.data.folders import hold_lock
 from maskgit_pl.data.manifest import Manifest, Shard, Split, index_sha256, save_manifest, union
 from maskgit_pl.data.samples import Labels, split_of
 from maskgit_pl.data.scan import ShardScan, scan_shard
 from maskgit_pl.data.vectors import VectorKind, copy_vectors, vectors_path
 from maskgit_pl.files import remove_partials, sha256_of, write_atomically
+from maskgit_pl.folders import hold_lock
 from maskgit_pl.processes import choose_workers, run_jobs
+from maskgit_pl.text import shorten
 
 _MAX_NAMES = 1_000_000  # of a pattern
 _MAX_CHARACTERS = 2**28  # of all names together; no name is longer than its pattern

@@ -17,20 +17,13 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from maskgit_pl.checks import (
-    ImageSize,
-    check_channels,
-    check_image_size,
-    check_integer,
-    check_seed,
-    height_width,
-    shorten,
-)
+from maskgit_pl.checks import ImageSize, check_channels, check_image_size, check_integer, check_seed, height_width
 from maskgit_pl.data.augmentations import Augmentations, build_augmentations
 from maskgit_pl.data.batches import Batch
 from maskgit_pl.data.images import from_pil
 from maskgit_pl.data.loader import StepDataModule, make_loader
 from maskgit_pl.data.order import BATCH_SIZE_RANGE, InOrder, Order, ShuffledStream
+from maskgit_pl.text import shorten
 
 
 @dataclass(frozen=True)

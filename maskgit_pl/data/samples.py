@@ -14,12 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from maskgit_pl.checks import shorten
 from maskgit_pl.data.image_bytes import UnreadableImageError, check_complete
 from maskgit_pl.data.images import parse_image_header
 from maskgit_pl.data.manifest import Split
-from maskgit_pl.errors import printable
 from maskgit_pl.files import parse_any_json, read_text
+from maskgit_pl.text import printable, shorten
 
 MAX_CLASSES = 100_000  # upper limit if no class names are given
 _MAX_NAMES_BYTES = 2**24  # 160 bytes for each of these classes

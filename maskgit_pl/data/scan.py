@@ -33,8 +33,8 @@ from maskgit_pl.data.manifest import INDEX_DTYPE, ImageRange
 from maskgit_pl.data.samples import Labels
 from maskgit_pl.data.tar import BLOCK, DamagedTarError, Member, member_label, read_members
 from maskgit_pl.data.vectors import MAX_VECTOR_BYTES, VECTOR_EXTENSION, VectorKind, parse_vector
-from maskgit_pl.errors import printable
 from maskgit_pl.files import open_regular, sha256_of
+from maskgit_pl.text import printable
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 _MAX_LABEL_BYTES = 64  # a .cls member has one number

@@ -39,9 +39,10 @@ from maskgit_pl.data.loader import MAX_IN_A_ROW
 from maskgit_pl.data.samples import Labels, Sample
 from maskgit_pl.data.scan import BAD_IMAGE, scan_shard
 from maskgit_pl.data.tar import BLOCK, member_label
-from maskgit_pl.errors import DataBudgetError, printable
-from maskgit_pl.files import open_regular, size_text
+from maskgit_pl.errors import DataBudgetError
+from maskgit_pl.files import open_regular
 from maskgit_pl.randomness import permutation
+from maskgit_pl.text import printable, size_text
 
 log = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from typing import Literal, NamedTuple
 from zlib import adler32
 
-from maskgit_pl.errors import printable
+from maskgit_pl.text import printable
 
 BLOCK = 512
 Kind = Literal["file", "folder", "link", "device"]

@@ -25,10 +25,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from maskgit_pl.checks import ImageSize, as_image_size, build_dataclass, check_integer, shorten
+from maskgit_pl.checks import ImageSize, as_image_size, build_dataclass, check_integer
 from maskgit_pl.data.manifest import Split
 from maskgit_pl.data.vectors import check_unchanged, map_array
 from maskgit_pl.files import read_json, sha256_of
+from maskgit_pl.text import shorten
 
 Tokens = npt.NDArray[np.unsignedinteger[Any]]  # of StoreDescription.dtype
 

@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from maskgit_pl.checks import count_text
 from maskgit_pl.data.image_bytes import UnreadableImageError
 from maskgit_pl.data.images import decode_image
 from maskgit_pl.data.manifest import (
@@ -29,9 +28,9 @@ from maskgit_pl.data.manifest import (
 from maskgit_pl.data.tar import BLOCK, member_label
 from maskgit_pl.data.vectors import vectors_path
 from maskgit_pl.data.writer import LEFT_OUT
-from maskgit_pl.errors import printable
-from maskgit_pl.files import open_regular, sha256_of, size_text
+from maskgit_pl.files import open_regular, sha256_of
 from maskgit_pl.processes import choose_workers, run_jobs
+from maskgit_pl.text import count_text, printable, size_text
 
 _READ_BYTES, _DECODED_BYTES = 2**28, 2**25  # one process reads, and decodes, this much in about 10 seconds
 

@@ -17,16 +17,16 @@ from typing import IO, Any, TypeAlias
 from webdataset import TarWriter
 
 from maskgit_pl.checks import ImageSize, check_image_size, check_integer, height_width, plain_size
-from maskgit_pl.data.folders import has_content, replace_folder, resolve_folder
 from maskgit_pl.data.image_bytes import UnreadableImageError
 from maskgit_pl.data.images import decode_image, encode_jpeg, encode_png, fit_image, parse_image_header
 from maskgit_pl.data.index import find_shards, index_shards
 from maskgit_pl.data.manifest import Split, load_manifests, splits_of
 from maskgit_pl.data.samples import Sample, Source, UnreadableSample
 from maskgit_pl.data.vectors import VECTOR_EXTENSION
-from maskgit_pl.errors import printable
 from maskgit_pl.files import read_json, remove_partials, write_atomically, write_text
+from maskgit_pl.folders import has_content, replace_folder, resolve_folder
 from maskgit_pl.processes import choose_workers, run_jobs
+from maskgit_pl.text import printable
 
 _Job: TypeAlias = tuple[Split, int]  # split and number of a shard
 

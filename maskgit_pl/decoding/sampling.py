@@ -9,7 +9,8 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from maskgit_pl.checks import check_integer, check_number, shorten
+from maskgit_pl.checks import check_integer, check_number
+from maskgit_pl.text import shorten
 
 if TYPE_CHECKING:
     from torch import Tensor

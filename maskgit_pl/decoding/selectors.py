@@ -21,9 +21,10 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING
 
-from maskgit_pl.checks import check_number, shorten
+from maskgit_pl.checks import check_number
 from maskgit_pl.registry import Registry, derives_from
 from maskgit_pl.schedules import halton_order
+from maskgit_pl.text import shorten
 
 if TYPE_CHECKING:
     import torch

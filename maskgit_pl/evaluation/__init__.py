@@ -23,10 +23,10 @@ if TYPE_CHECKING:
     from maskgit_pl.evaluation.comparison import compare
     from maskgit_pl.evaluation.distilling import distill
     from maskgit_pl.evaluation.evaluator import EvaluatedModel, Evaluator
+    from maskgit_pl.evaluation.folders import check_model_decoding, open_models, trained_recipe
     from maskgit_pl.evaluation.ledger import Ledger
     from maskgit_pl.evaluation.metrics import ComparedImages, FeatureMetric
     from maskgit_pl.evaluation.model_evaluation import evaluate
-    from maskgit_pl.evaluation.opening import check_model_decoding, open_models, trained_recipe
     from maskgit_pl.evaluation.options import (
         CASConfig,
         ClassifierConfig,
@@ -36,9 +36,9 @@ if TYPE_CHECKING:
         TokenizerOptions,
         TuningOptions,
     )
+    from maskgit_pl.evaluation.reconstruction import evaluate_tokenizer
     from maskgit_pl.evaluation.reference import read_real_vectors
     from maskgit_pl.evaluation.schedule_table import table_3
-    from maskgit_pl.evaluation.tokenizer import evaluate_tokenizer
     from maskgit_pl.evaluation.tuning import tune
 
 __all__ = [

@@ -16,22 +16,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from maskgit_pl.autoregressive import AutoregressiveConfig
-from maskgit_pl.checks import shorten
 from maskgit_pl.data.manifest import read_manifest_summary
 from maskgit_pl.decoding import DecodingConfig
-from maskgit_pl.distributed import describe_environment, device_name, find_device
+from maskgit_pl.devices import describe_environment, device_name, find_device
 from maskgit_pl.errors import PreemptedError, describe_error, exit_code_of
 from maskgit_pl.evaluation.ablation_page import make_ablation_page
 from maskgit_pl.evaluation.classifier import open_images
 from maskgit_pl.evaluation.evaluator import collect_numbers
+from maskgit_pl.evaluation.folders import RunFolders, open_evaluator, open_model, remove_untrained
 from maskgit_pl.evaluation.ledger import FILE_NAME, Ledger, Row, digest_of
-from maskgit_pl.evaluation.opening import RunFolders, open_evaluator, open_model, remove_untrained
 from maskgit_pl.evaluation.options import ReportOptions, TokenizerOptions, describe_decoding, round_to_classes
 from maskgit_pl.evaluation.pages import Page
-from maskgit_pl.evaluation.tokenizer import OpenedTokenizer, measure_tokenizer_once
+from maskgit_pl.evaluation.reconstruction import OpenedTokenizer, measure_tokenizer_once
 from maskgit_pl.files import check_writable
-from maskgit_pl.pipeline.pretrained import fingerprint, load_tokenizer
+from maskgit_pl.pretrained.networks import fingerprint, load_tokenizer
 from maskgit_pl.processes import Bars, no_bars
 from maskgit_pl.runs.ablation import FOLDER, AblationConfig, Variant, base_values, in_float32, plan_variants, train
 from maskgit_pl.runs.build import build_without_weights
@@ -39,8 +37,10 @@ from maskgit_pl.runs.plan import Plan, find_data, find_tokenizer
 from maskgit_pl.runs.recipe import Recipe
 from maskgit_pl.runs.resolve import merge_values
 from maskgit_pl.runs.settings import ResolvedRun, resolve
+from maskgit_pl.text import shorten
 from maskgit_pl.training.speed import read_training_time
-from maskgit_pl.training.token_model import TokenModel
+from maskgit_pl.transformer.autoregressive import AutoregressiveConfig
+from maskgit_pl.transformer.token_model import TokenModel
 
 log = logging.getLogger(__name__)
 

@@ -11,10 +11,10 @@ from math import comb
 from statistics import fmean
 from typing import Any, Literal
 
-from maskgit_pl.errors import markdown
 from maskgit_pl.evaluation.ledger import Row
 from maskgit_pl.evaluation.metrics import find_metric, format_value, is_better, known_metrics, title
 from maskgit_pl.evaluation.pages import Page, format_seeds, heading, markdown_table, paragraph
+from maskgit_pl.text import markdown
 
 # Metrics of tables, in their order, before others; those of a network come once per network.
 _ORDER = ("rfid", "psnr_db", "ssim", "codebook_usage", "perplexity", "fid", "class_agreement", "diversity", "precision",

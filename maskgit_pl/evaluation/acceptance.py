@@ -24,7 +24,7 @@ from torch import Tensor
 from maskgit_pl.checks import check_number
 from maskgit_pl.evaluation.reference import SampleFile, open_samples
 from maskgit_pl.files import write_atomically
-from maskgit_pl.networks.feature_networks import FrozenClassifier, load_classifier, weights_digest
+from maskgit_pl.networks.classifiers import FrozenClassifier, load_classifier, weights_digest
 from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.pipeline.bulk import (
     BulkOptions,

@@ -32,10 +32,11 @@ from maskgit_pl.data import Batch, ShardData, ShardDataConfig, ShuffledStream
 from maskgit_pl.data.loader import make_loader
 from maskgit_pl.data.manifest import read_manifest_summary
 from maskgit_pl.data.order import Order, Rows
-from maskgit_pl.distributed import find_device, on_all_ranks, rank_and_world
+from maskgit_pl.devices import find_device
+from maskgit_pl.distributed import on_all_ranks, rank_and_world
 from maskgit_pl.evaluation.options import SMALL_TRAINING, CASConfig, ClassifierConfig
 from maskgit_pl.files import check_writable, read_json, write_tensors, write_text
-from maskgit_pl.networks.feature_networks import (
+from maskgit_pl.networks.classifiers import (
     CONFIG_FILE,
     FORMAT,
     MAX_CONFIG_BYTES,

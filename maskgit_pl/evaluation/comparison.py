@@ -10,10 +10,9 @@ from pathlib import Path
 import torch
 
 from maskgit_pl.decoding.selectors import token_selectors
-from maskgit_pl.errors import markdown
+from maskgit_pl.evaluation.folders import check_model_decoding, find_run, open_data, open_evaluator, open_model
 from maskgit_pl.evaluation.ledger import FILE_NAME, Ledger, Row
 from maskgit_pl.evaluation.metrics import title
-from maskgit_pl.evaluation.opening import check_model_decoding, find_run, open_data, open_evaluator, open_model
 from maskgit_pl.evaluation.options import ComparisonOptions, Spec, default_steps, round_to_classes, with_steps
 from maskgit_pl.evaluation.pages import (
     Page,
@@ -26,9 +25,10 @@ from maskgit_pl.evaluation.pages import (
     metrics_of,
     paragraph,
 )
-from maskgit_pl.pipeline.grids import image_grid
+from maskgit_pl.grids import image_grid
 from maskgit_pl.processes import Bars, no_bars
 from maskgit_pl.registry import describe
+from maskgit_pl.text import markdown
 
 _STEPS = (4, 8, 16, 32)
 _SHEET_STEPS = 8

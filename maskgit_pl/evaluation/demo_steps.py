@@ -16,8 +16,8 @@ from typing import Any, NamedTuple, TypedDict, Unpack
 
 from rich.console import Console
 
-from maskgit_pl.data.sources.making import convert_images, fetch_dataset
 from maskgit_pl.data.sources.public import public_datasets
+from maskgit_pl.data.sources.shards import convert_images, fetch_dataset
 from maskgit_pl.errors import PreemptedError
 from maskgit_pl.evaluation.classifier import train_classifier
 from maskgit_pl.evaluation.model_evaluation import evaluate

@@ -15,9 +15,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from maskgit_pl.checks import check_choice
 from maskgit_pl.evaluation.classifier import find_classifier, open_images
 from maskgit_pl.evaluation.evaluator import FeatureMetrics
-from maskgit_pl.evaluation.features import extract, iter_image_batches, open_extractors
+from maskgit_pl.evaluation.extractors import extract, iter_image_batches, open_extractors
+from maskgit_pl.evaluation.folders import data_name, find_run
 from maskgit_pl.evaluation.metrics import ComparedImages, compute_metrics
-from maskgit_pl.evaluation.opening import data_name, find_run
 from maskgit_pl.evaluation.options import CLASSIFIER
 from maskgit_pl.evaluation.reference import obtain_references, read_real_labels
 from maskgit_pl.pipeline import MaskGIT
@@ -27,7 +27,7 @@ from maskgit_pl.runs.layers import Overrides, flag_words
 from maskgit_pl.runs.plan import Folders
 from maskgit_pl.runs.recipe import Recipe, list_recipes
 from maskgit_pl.runs.tokenizing import tokenize
-from maskgit_pl.training.token_model import TokenModel
+from maskgit_pl.transformer.token_model import TokenModel
 
 _METRICS = ("fid", "class_agreement", "diversity", "recall")
 _NUM_IMAGES = 500

@@ -23,10 +23,11 @@ from torch import Tensor, nn
 from maskgit_pl.data import ShardData
 from maskgit_pl.data.manifest import Split
 from maskgit_pl.decoding import DecodingConfig
-from maskgit_pl.distributed import barrier, describe_environment, device_name, rank_and_world
+from maskgit_pl.devices import describe_environment, device_name
+from maskgit_pl.distributed import barrier, rank_and_world
 from maskgit_pl.evaluation.classifier import LabelledImages, classification_accuracy
 from maskgit_pl.evaluation.distances import class_agreement
-from maskgit_pl.evaluation.features import Extractor, extract, iter_image_batches
+from maskgit_pl.evaluation.extractors import Extractor, extract, iter_image_batches
 from maskgit_pl.evaluation.ledger import REAL, Ledger, Row, digest_of, shorten_digest
 from maskgit_pl.evaluation.likelihood import encode_real_images, exact_nll, masked_nll, negative_elbo
 from maskgit_pl.evaluation.metrics import (
@@ -43,7 +44,7 @@ from maskgit_pl.evaluation.reference import Reference, draw_images, open_samples
 from maskgit_pl.masking import MaskSampler
 from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.pipeline.bulk import BulkOptions, generate_many
-from maskgit_pl.pipeline.pretrained import fingerprint
+from maskgit_pl.pretrained.networks import fingerprint
 from maskgit_pl.processes import Bars, no_bars
 
 _OWN_COLUMNS = ("model", "max_steps", "seed")  # fields of ``CASConfig`` that have a column of their own

@@ -14,9 +14,9 @@ from matplotlib.ticker import LogLocator, NullLocator
 
 from maskgit_pl.decoding import ParallelDecoder
 from maskgit_pl.decoding.selectors import token_selectors
-from maskgit_pl.errors import plain_label
 from maskgit_pl.evaluation.pages import figure_to_png
 from maskgit_pl.schedules import MaskSchedule
+from maskgit_pl.text import plain_label
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -15,15 +15,15 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias, TypeVar
 
-from maskgit_pl.checks import check_choice, check_integer, check_number, shorten
-from maskgit_pl.errors import printable
+from maskgit_pl.checks import check_choice, check_integer, check_number
 from maskgit_pl.evaluation.options import CLASSIFIER
 from maskgit_pl.registry import Registry
+from maskgit_pl.text import printable, shorten
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from maskgit_pl.evaluation.features import ImageFeatures
+    from maskgit_pl.evaluation.extractors import ImageFeatures
     from maskgit_pl.evaluation.reference import Reference
 
 _INPUTS = ("features", "labels", "logits", "spatial", "real_features", "real_labels")

@@ -23,12 +23,11 @@ from torch import Tensor
 
 from maskgit_pl.checks import check_integer, plain_size
 from maskgit_pl.decoding import DecodingConfig
-from maskgit_pl.distributed import barrier, default_device, describe_environment, process_group, rank_and_world
+from maskgit_pl.devices import default_device, describe_environment
+from maskgit_pl.distributed import barrier, process_group, rank_and_world
 from maskgit_pl.evaluation.classifier import LabelledImages
 from maskgit_pl.evaluation.evaluator import EvaluatedModel, Evaluator, collect_numbers, delete_generated
-from maskgit_pl.evaluation.ledger import FILE_NAME, Ledger
-from maskgit_pl.evaluation.metrics import computed_metrics, format_value, title
-from maskgit_pl.evaluation.opening import (
+from maskgit_pl.evaluation.folders import (
     check_model_decoding,
     describe_held_out,
     find_run,
@@ -36,12 +35,14 @@ from maskgit_pl.evaluation.opening import (
     open_evaluator,
     open_model,
 )
+from maskgit_pl.evaluation.ledger import FILE_NAME, Ledger
+from maskgit_pl.evaluation.metrics import computed_metrics, format_value, title
 from maskgit_pl.evaluation.options import CLASSIFIER, FEATURES, EvaluationOptions, Spec, round_to_classes
 from maskgit_pl.evaluation.pages import choose_classes
+from maskgit_pl.evaluation.reconstruction import measure_reconstruction
 from maskgit_pl.evaluation.reference import iter_real_batches
-from maskgit_pl.evaluation.tokenizer import measure_reconstruction
 from maskgit_pl.files import check_writable, write_text
-from maskgit_pl.pipeline.grids import image_grid, reconstruction_grid, save_png
+from maskgit_pl.grids import image_grid, reconstruction_grid, save_png
 from maskgit_pl.processes import Bars, local_rank, no_bars
 
 _LIKELIHOOD = ("num_images", "draws", "masked_nll", "elbo_", "exact_")  # beginnings of the columns of the report

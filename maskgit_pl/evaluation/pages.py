@@ -18,9 +18,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from maskgit_pl.errors import code_span, markdown, plain_label, printable
 from maskgit_pl.evaluation.metrics import FeatureMetric, format_value, known_metrics, title
 from maskgit_pl.files import write_atomically
+from maskgit_pl.text import code_span, markdown, plain_label, printable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -35,8 +35,7 @@ from maskgit_pl.data.loader import make_loader
 from maskgit_pl.data.manifest import ShardReader, Split, load_manifests
 from maskgit_pl.data.order import Order
 from maskgit_pl.distributed import on_all_ranks, rank_and_world
-from maskgit_pl.errors import printable
-from maskgit_pl.evaluation.features import (
+from maskgit_pl.evaluation.extractors import (
     BATCH_SIZE,
     Extractor,
     ImageFeatures,
@@ -45,8 +44,9 @@ from maskgit_pl.evaluation.features import (
     iter_row_batches,
 )
 from maskgit_pl.evaluation.ledger import digest_of, shorten_digest
-from maskgit_pl.files import open_zip, sha256_of, size_text, write_atomically
+from maskgit_pl.files import open_zip, sha256_of, write_atomically
 from maskgit_pl.pipeline import MaskGIT
+from maskgit_pl.text import printable, size_text
 
 _POOLED, _SPATIAL = 2048, 2023  # number of Inception's features that the statistics of ADM's files have
 _HEADERS = {

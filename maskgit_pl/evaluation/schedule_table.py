@@ -13,18 +13,18 @@ from statistics import fmean
 from typing import Any
 
 from maskgit_pl.checks import check_integer
-from maskgit_pl.errors import code_span, markdown
 from maskgit_pl.evaluation.evaluator import collect_numbers
 from maskgit_pl.evaluation.figures import draw_figure_8
+from maskgit_pl.evaluation.folders import open_models, read_run_recipe
 from maskgit_pl.evaluation.ledger import Row
-from maskgit_pl.evaluation.opening import open_models, read_run_recipe
 from maskgit_pl.evaluation.options import ReportOptions, default_steps, with_steps
 from maskgit_pl.evaluation.pages import Page, describe_provenance, heading, markdown_table, paragraph, seeds_cell
-from maskgit_pl.pipeline.pretrained import read_config
+from maskgit_pl.pretrained.networks import read_config
 from maskgit_pl.processes import Bars, no_bars
 from maskgit_pl.registry import describe
 from maskgit_pl.runs.layers import value_at
 from maskgit_pl.schedules import MaskSchedule
+from maskgit_pl.text import code_span, markdown
 
 # gamma(r) as printed (exp and log as in the released code), best T, FID, IS, and NLL in nats per masked token.
 SCHEDULES = {  # paper, Table 3

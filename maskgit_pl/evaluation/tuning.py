@@ -19,16 +19,13 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from urllib.parse import quote
 
 from maskgit_pl.checks import check_integer
-from maskgit_pl.data.folders import hold_lock
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.decoding.guidance import guidance_schedules
 from maskgit_pl.decoding.selectors import token_selectors
-from maskgit_pl.distributed import describe_environment
-from maskgit_pl.errors import CannotWriteError, markdown, printable
+from maskgit_pl.devices import describe_environment
+from maskgit_pl.errors import CannotWriteError
 from maskgit_pl.evaluation.evaluator import collect_numbers
-from maskgit_pl.evaluation.ledger import FILE_NAME, Ledger, Row, digest_of, shorten_digest
-from maskgit_pl.evaluation.metrics import Metrics, computed_metrics, direction, find_metric, title, tuning_column
-from maskgit_pl.evaluation.opening import (
+from maskgit_pl.evaluation.folders import (
     can_guide,
     check_model_decoding,
     find_run,
@@ -36,6 +33,8 @@ from maskgit_pl.evaluation.opening import (
     open_evaluator,
     open_model,
 )
+from maskgit_pl.evaluation.ledger import FILE_NAME, Ledger, Row, digest_of, shorten_digest
+from maskgit_pl.evaluation.metrics import Metrics, computed_metrics, direction, find_metric, title, tuning_column
 from maskgit_pl.evaluation.options import (
     Spec,
     TuningOptions,
@@ -47,14 +46,16 @@ from maskgit_pl.evaluation.options import (
 )
 from maskgit_pl.evaluation.pages import Page, heading, markdown_table, metric_cell, paragraph
 from maskgit_pl.files import check_writable
+from maskgit_pl.folders import hold_lock
 from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.pipeline.card import refresh_card
-from maskgit_pl.pipeline.pretrained import NEGATIVE, copy_stage_folder, save_decoding
 from maskgit_pl.pipeline.sharing import bundled_models
+from maskgit_pl.pretrained.networks import NEGATIVE, copy_stage_folder, save_decoding
 from maskgit_pl.processes import Bars, no_bars
 from maskgit_pl.randomness import random_bits
 from maskgit_pl.registry import describe
 from maskgit_pl.schedules import mask_schedules
+from maskgit_pl.text import markdown, printable
 
 if TYPE_CHECKING:
     import optuna

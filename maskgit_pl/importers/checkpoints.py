@@ -21,9 +21,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from maskgit_pl.checks import shorten
-from maskgit_pl.errors import printable
 from maskgit_pl.networks.weights import check_archive, check_held, check_tensor, read_tensors
+from maskgit_pl.text import printable, shorten
 
 Array: TypeAlias = npt.NDArray[Any]
 

@@ -18,12 +18,12 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from maskgit_pl.checks import ImageSize, height_width
-from maskgit_pl.data.folders import has_content, resolve_folder, write_folder
 from maskgit_pl.decoding import DecodingConfig
+from maskgit_pl.folders import has_content, resolve_folder, write_folder
 from maskgit_pl.networks.backbone import BackboneConfig
 from maskgit_pl.networks.vqgan import VQGANConfig
 from maskgit_pl.networks.weights import check_shapes, skeletons
-from maskgit_pl.pipeline.pretrained import fingerprint, save_tokenizer, save_transformer
+from maskgit_pl.pretrained.networks import fingerprint, save_tokenizer, save_transformer
 from maskgit_pl.registry import describe
 
 _IMAGENET_CLASSES = 1000

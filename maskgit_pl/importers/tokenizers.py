@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from maskgit_pl.checks import ImageSize, shorten
+from maskgit_pl.checks import ImageSize
 from maskgit_pl.files import read_json
 from maskgit_pl.importers import TOKENIZER_LAYOUTS
 from maskgit_pl.importers.checkpoints import (
@@ -44,6 +44,7 @@ from maskgit_pl.importers.conversion import (
     write_import,
 )
 from maskgit_pl.networks.vqgan import VQGAN, Layout, VQGANConfig
+from maskgit_pl.text import shorten
 
 _AVERAGE = "model_ema."
 _CODEBOOK = "quantize.embedding.weight"  # of all projects with a table of codes

@@ -38,7 +38,7 @@ from maskgit_pl.importers.conversion import (
     write_import,
 )
 from maskgit_pl.networks.adaln import AdaLNConfig
-from maskgit_pl.pipeline.pretrained import load_tokenizer
+from maskgit_pl.pretrained.networks import load_tokenizer
 
 _MASK_SCHEDULE = "arccos"  # both projects: default of --sched-mode in main.py, and of get_mask_code in training
 _STEPS = 32  # both projects

@@ -19,9 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from maskgit_pl.checks import check_integer, check_keys, check_number, describe_wrong_values, shorten, validate
+from maskgit_pl.checks import check_integer, check_keys, check_number, describe_wrong_values, validate
 from maskgit_pl.networks.weights import skeletons
 from maskgit_pl.registry import Registry, derives_from
+from maskgit_pl.text import shorten
 
 __all__ = [
     "BUILT_IN",

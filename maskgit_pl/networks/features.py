@@ -21,8 +21,8 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from maskgit_pl.checks import check_integer, shorten
-from maskgit_pl.networks.feature_networks import (
+from maskgit_pl.checks import check_integer
+from maskgit_pl.networks.classifiers import (
     FeatureNetwork,
     FeatureOutput,
     FrozenNetwork,
@@ -31,6 +31,7 @@ from maskgit_pl.networks.feature_networks import (
 )
 from maskgit_pl.networks.weights import load_network, load_weights, read_weights, skeletons
 from maskgit_pl.registry import Registry, has_create, nearest
+from maskgit_pl.text import shorten
 
 _INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
 _INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{_INCEPTION_FILE}"

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from maskgit_pl.distributed import has_amx, has_bfloat16
+from maskgit_pl.devices import has_amx, has_bfloat16
 
 _Part = tuple[int, int, int]
 """A part of a weight: the dimension, 0 for rows and 1 for columns; the first of them; the last one + 1."""

@@ -29,16 +29,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from maskgit_pl.checks import (
-    ImageSize,
-    check_channels,
-    check_choice,
-    check_integer,
-    check_number,
-    height_width,
-    shorten,
-)
+from maskgit_pl.checks import ImageSize, check_channels, check_choice, check_integer, check_number, height_width
 from maskgit_pl.networks.quantizers import QuantizerOutput, build_sized, quantizers
+from maskgit_pl.text import shorten
 
 Downsampling = Literal["average", "strided", "strided-3x3"]
 Activation = Literal["swish", "relu"]

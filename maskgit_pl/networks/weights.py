@@ -22,8 +22,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from maskgit_pl.checks import shorten
-from maskgit_pl.files import TooLargeDirectoryError, open_zip, sha256_of, size_text
+from maskgit_pl.files import TooLargeDirectoryError, open_zip, sha256_of
+from maskgit_pl.text import shorten, size_text
 
 _MAX_HEADER_BYTES = 8_000_000  # about 60,000 tensors; safetensors accepts 100 MB, which take 1 GB to parse
 _MAX_ENTRIES = 10**6  # of the zip archive of torch.save; a tensor is one

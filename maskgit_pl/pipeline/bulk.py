@@ -25,12 +25,13 @@ import numpy as np
 import numpy.typing as npt
 from typing_extensions import Buffer
 
-from maskgit_pl.checks import check_integer, height_width, shorten
+from maskgit_pl.checks import check_integer, height_width
 from maskgit_pl.decoding import DecodingConfig
-from maskgit_pl.files import parse_json, remove_partials, size_text, write_atomically
+from maskgit_pl.files import parse_json, remove_partials, write_atomically
 from maskgit_pl.networks.weights import tensors_digest
 from maskgit_pl.pipeline.card import flatten
 from maskgit_pl.pipeline.model import MaskGIT
+from maskgit_pl.text import shorten, size_text
 
 _FORMAT = "maskgit_pl.samples"
 _SEEDS = 2**32  # number of seeds

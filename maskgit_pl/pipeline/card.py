@@ -15,13 +15,13 @@ from typing import Any
 
 from torch import nn
 
-from maskgit_pl.checks import pixels_text, shorten
-from maskgit_pl.errors import code_span, markdown, printable, python_string
+from maskgit_pl.checks import pixels_text
 from maskgit_pl.files import parse_any_json, read_yaml, write_text
 from maskgit_pl.networks.backbone import build_config, create_network
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
 from maskgit_pl.networks.weights import skeletons
-from maskgit_pl.pipeline.pretrained import fingerprint, read_config, read_decoding
+from maskgit_pl.pretrained.networks import fingerprint, read_config, read_decoding
+from maskgit_pl.text import code_span, markdown, printable, python_string, shorten
 
 STAGES = ("tokenizer", "transformer")
 PLACEHOLDER = "path/to/this/folder"

@@ -22,11 +22,10 @@ from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from torch import Tensor, nn
 
 from maskgit_pl.checks import check_number
-from maskgit_pl.data.folders import check_new_folder, write_folder
 from maskgit_pl.decoding import DecodingStep
+from maskgit_pl.folders import check_new_folder, write_folder
 from maskgit_pl.pipeline.model import MaskGIT
 from maskgit_pl.pipeline.options import Classes, OutputType, Request, Seeds
-from maskgit_pl.pipeline.pretrained import NEGATIVE, load_tokenizer, load_transformer, read_decoding
 from maskgit_pl.pipeline.sharing import (
     CLASSES,
     DIFFUSERS_FILES,
@@ -36,6 +35,7 @@ from maskgit_pl.pipeline.sharing import (
     find_folder,
     write_diffusers_files,
 )
+from maskgit_pl.pretrained.networks import NEGATIVE, load_tokenizer, load_transformer, read_decoding
 
 StepEndCallback: TypeAlias = Callable[["MaskGITPipeline", int, int, dict[str, Tensor]], object]
 _FILES = {"README.md", "config.json", *NETWORK_FILES, *DIFFUSERS_FILES}

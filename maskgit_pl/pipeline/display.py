@@ -21,10 +21,8 @@ from einops import rearrange
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from maskgit_pl.checks import count_text
 from maskgit_pl.decoding import DecodingConfig, DecodingStep
-from maskgit_pl.errors import printable
-from maskgit_pl.pipeline.grids import (
+from maskgit_pl.grids import (
     MASKED,
     NEW,
     PAPER,
@@ -45,9 +43,10 @@ from maskgit_pl.pipeline.grids import (
     viridis,
 )
 from maskgit_pl.registry import describe
+from maskgit_pl.text import count_text, printable
 
 if TYPE_CHECKING:
-    from maskgit_pl.pipeline.pretrained import PretrainedTokenizer
+    from maskgit_pl.pretrained.networks import PretrainedTokenizer
 
 _COLUMNS, _MOST_IMAGES = 8, 64  # of a contact sheet
 _MAX_COLUMNS, _MAX_FRAMES = 12, 64  # number of steps in a filmstrip and in an animation

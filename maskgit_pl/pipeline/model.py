@@ -1,7 +1,7 @@
 """``MaskGIT``: the pipeline that users load, from a run, a folder or the Hub, and save or share.
 
 It holds the networks, reads what a call wants into a ``Request``, and hands both to the functions of
-``pipeline.generate``.
+``pipeline.tasks``.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from torch import Tensor
 from maskgit_pl.checks import CHANNELS, check_choice, pixels_text
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.decoding.predictors import VectorPool, check_condition_vectors
-from maskgit_pl.distributed import check_device
+from maskgit_pl.devices import check_device
 from maskgit_pl.networks.kernels import set_packing
-from maskgit_pl.pipeline import generate as tasks
+from maskgit_pl.pipeline import tasks as tasks
 from maskgit_pl.pipeline.card import fingerprints, write_card
 from maskgit_pl.pipeline.options import (
     Classes,
@@ -31,7 +31,9 @@ from maskgit_pl.pipeline.options import (
     Request,
     replace_settings,
 )
-from maskgit_pl.pipeline.pretrained import (
+from maskgit_pl.pipeline.regions import Box, ImageLike, Margins, MaskLike, check_canvas
+from maskgit_pl.pipeline.sharing import HubOptions, find_folder, find_transformer
+from maskgit_pl.pretrained.networks import (
     NEGATIVE,
     NegativeModelLike,
     PretrainedTokenizer,
@@ -46,8 +48,6 @@ from maskgit_pl.pipeline.pretrained import (
     save_tokenizer,
     save_transformer,
 )
-from maskgit_pl.pipeline.regions import Box, ImageLike, Margins, MaskLike, check_canvas
-from maskgit_pl.pipeline.sharing import HubOptions, find_folder, find_transformer
 from maskgit_pl.registry import nearest
 from maskgit_pl.schedules import mask_schedules
 

@@ -11,10 +11,11 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict, Union
 
-from maskgit_pl.checks import check_integer, check_number, check_seed, plain_list, plain_number, shorten
+from maskgit_pl.checks import check_integer, check_number, check_seed, plain_list, plain_number
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.decoding.sampling import Temperature
 from maskgit_pl.registry import nearest
+from maskgit_pl.text import shorten
 
 if TYPE_CHECKING:
     import numpy as np
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from maskgit_pl.decoding import DecodingStep
-    from maskgit_pl.pipeline.pretrained import NegativeModelLike, PretrainedTransformer
+    from maskgit_pl.pretrained.networks import NegativeModelLike, PretrainedTransformer
 
 Classes: TypeAlias = int | str | Sequence[int | str | None]
 OutputType = Literal["pil", "pt", "np"]

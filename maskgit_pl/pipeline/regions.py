@@ -1,7 +1,7 @@
 """Images and masks of an edit: read from files, pictures and arrays, cut to the model, and turned into regions.
 
 A region is a box or a mask in pixels, and then the tokens that it covers. ``windows`` gives the order in which a canvas
-larger than the images of the model is filled. Used by ``pipeline.generate``, the editing commands and the page.
+larger than the images of the model is filled. Used by ``pipeline.tasks``, the editing commands and the page.
 
 Source: paper, section on class-conditional image editing; google-research/maskgit, the editing functions of its demo.
 """
@@ -21,9 +21,9 @@ import torch.nn.functional as F
 from einops import rearrange, reduce, repeat
 from torch import Tensor
 
-from maskgit_pl.checks import ImageSize, check_integer, height_width, pixels_text, shorten
+from maskgit_pl.checks import ImageSize, check_integer, height_width, pixels_text
 from maskgit_pl.data.image_bytes import MAX_PIXELS, read_image_file
-from maskgit_pl.errors import printable
+from maskgit_pl.text import printable, shorten
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -16,8 +16,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TypedDict, Unpack
 
-from maskgit_pl.checks import did_you_mean
 from maskgit_pl.files import read_json, write_text
+from maskgit_pl.text import did_you_mean
 
 _FOLDER = Path(__file__).parents[1] / "models"
 # Files that a pipeline needs. Other files of a repository may be large and are not downloaded.

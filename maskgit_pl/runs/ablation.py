@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import IO, Any
 
 from maskgit_pl import processes
-from maskgit_pl.checks import check_integer, shorten
+from maskgit_pl.checks import check_integer
 from maskgit_pl.errors import INTERNAL_ERROR, PreemptedError, RunError
 from maskgit_pl.files import parse_yaml
 from maskgit_pl.runs.layers import Overrides, flag_words, split_flags, split_values, value_at
 from maskgit_pl.runs.recipe import DEFAULT_DATASET, Recipe, Stage
+from maskgit_pl.text import shorten
 
 log = logging.getLogger(__name__)
 

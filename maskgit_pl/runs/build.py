@@ -22,28 +22,28 @@ from lightning.pytorch.profilers import Profiler, PyTorchProfiler, SimpleProfile
 from torch import Tensor
 
 from maskgit_pl.data import ShardData, split_batch
-from maskgit_pl.distillation import DistilledModel
 from maskgit_pl.errors import is_user_error
 from maskgit_pl.networks.weights import ZeroWeights
-from maskgit_pl.pipeline.pretrained import fingerprint
+from maskgit_pl.pretrained.networks import fingerprint
 from maskgit_pl.processes import hide_launcher
-from maskgit_pl.runs.plan import Plan
-from maskgit_pl.runs.resolve import choose_precision, fixed_settings, list_changes, merge_values
-from maskgit_pl.runs.settings import ResolvedRun, TokenizerRun, resolve
-from maskgit_pl.training.callbacks import (
+from maskgit_pl.runs.callbacks import (
     ProgressLines,
     ReconstructionPictures,
     SamplePictures,
     UnreadableReport,
     callbacks,
 )
+from maskgit_pl.runs.plan import Plan
+from maskgit_pl.runs.resolve import choose_precision, fixed_settings, list_changes, merge_values
+from maskgit_pl.runs.settings import ResolvedRun, TokenizerRun, resolve
 from maskgit_pl.training.checkpoints import Checkpoints, FolderCheckpointIO, newest_checkpoint, read_settings, step_of
 from maskgit_pl.training.health import HealthMonitor
 from maskgit_pl.training.loggers import TolerantLogger, loggers
 from maskgit_pl.training.speed import SpeedMonitor
 from maskgit_pl.training.stopping import StepCheck, Watchdog, disable_sigterm_handler
 from maskgit_pl.training.strategies import build_strategy, check_strategy
-from maskgit_pl.training.token_model import TokenModel
+from maskgit_pl.transformer.distillation import DistilledModel
+from maskgit_pl.transformer.token_model import TokenModel
 
 log = logging.getLogger(__name__)
 

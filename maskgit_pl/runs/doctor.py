@@ -15,13 +15,12 @@ from typing import Any, Literal, Unpack
 
 import torch
 
-from maskgit_pl.checks import as_image_size, count_text
+from maskgit_pl.checks import as_image_size
 from maskgit_pl.data import ShardDataConfig, split_batch
 from maskgit_pl.data.manifest import DataSummary, load_manifest, read_manifest_summary
-from maskgit_pl.errors import is_user_error, printable
-from maskgit_pl.files import parse_size, size_text
+from maskgit_pl.errors import is_user_error
 from maskgit_pl.networks.vqgan import VQGANConfig
-from maskgit_pl.pipeline.pretrained import read_config
+from maskgit_pl.pretrained.networks import read_config
 from maskgit_pl.runs.build import StageRun, build, leave_no_trace
 from maskgit_pl.runs.costs import Encoder, Memory, checkpoint_bytes, step_memory, useful_flops
 from maskgit_pl.runs.fitting import check_run_outputs, describe_batch, describe_start
@@ -30,10 +29,11 @@ from maskgit_pl.runs.plan import Folders, Machines, Plan, find_data, find_tokeni
 from maskgit_pl.runs.recipe import Recipe
 from maskgit_pl.runs.resolve import choose_precision, merge_recipe_values, merge_values, values_without_data
 from maskgit_pl.runs.settings import resolve
-from maskgit_pl.tokenizer import Tokenizer
+from maskgit_pl.text import count_text, parse_size, printable, size_text
+from maskgit_pl.tokenizer.module import Tokenizer
 from maskgit_pl.training.checkpoints import complete_checkpoints
 from maskgit_pl.training.strategies import check_strategy
-from maskgit_pl.training.token_model import TokenModel
+from maskgit_pl.transformer.token_model import TokenModel
 
 _HEADROOM = 0.92  # usable fraction of memory: the rest is CUDA context, NCCL buffers and fragmentation
 

@@ -20,20 +20,20 @@ from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
-from maskgit_pl.checks import count_text
 from maskgit_pl.data import ShardDataConfig, split_batch
-from maskgit_pl.data.folders import hold_lock
-from maskgit_pl.distributed import describe_environment
+from maskgit_pl.devices import describe_environment
 from maskgit_pl.files import check_writable, read_json, write_text
+from maskgit_pl.folders import hold_lock
 from maskgit_pl.networks.weights import load_weights
 from maskgit_pl.pipeline.card import write_card
-from maskgit_pl.pipeline.pretrained import check_stage_folder, fingerprint, has_weights_of
+from maskgit_pl.pretrained.networks import check_stage_folder, fingerprint, has_weights_of
 from maskgit_pl.processes import catch_stop_signals
 from maskgit_pl.runs.build import StageRun, build, restore_process_state
 from maskgit_pl.runs.plan import Folders, Plan, find_data, folder_of, plan_run
 from maskgit_pl.runs.recipe import STAGES, Recipe, Stage
 from maskgit_pl.runs.resolve import AUTO, config_text
-from maskgit_pl.tokenizer import Tokenizer
+from maskgit_pl.text import count_text
+from maskgit_pl.tokenizer.module import Tokenizer
 from maskgit_pl.training.checkpoints import (
     FolderCheckpointIO,
     SavedTensor,

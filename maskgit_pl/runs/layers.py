@@ -13,8 +13,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
-from maskgit_pl.checks import shorten
 from maskgit_pl.files import check_plain, parse_yaml
+from maskgit_pl.text import shorten
 
 Kind = Literal["tokenizer", "transformer", "autoregressive", "distillation"]
 """The kinds of modules that a recipe trains."""

@@ -13,9 +13,10 @@ from typing import TypedDict
 
 from maskgit_pl.checks import check_integer
 from maskgit_pl.data.sources.public import how_to_get
-from maskgit_pl.files import parse_size, read_yaml
+from maskgit_pl.files import read_yaml
 from maskgit_pl.runs.layers import value_at
 from maskgit_pl.runs.recipe import Recipe, Stage
+from maskgit_pl.text import parse_size
 
 log = logging.getLogger(__name__)
 

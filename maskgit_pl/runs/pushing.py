@@ -20,12 +20,12 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError 
 )
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # not listed in its __all__
 
-from maskgit_pl.checks import shorten
-from maskgit_pl.errors import BAD_INPUT, RunError, python_string
+from maskgit_pl.errors import BAD_INPUT, RunError
 from maskgit_pl.pipeline.card import PLACEHOLDER, describe_folder, model_card
 from maskgit_pl.pipeline.model import MaskGIT
-from maskgit_pl.pipeline.pretrained import read_config
 from maskgit_pl.pipeline.sharing import DIFFUSERS_FILES, FILES, check_diffusers_files, local_folder
+from maskgit_pl.pretrained.networks import read_config
+from maskgit_pl.text import python_string, shorten
 
 _CARD = "README.md"
 _TEXTS = (*DIFFUSERS_FILES, "LICENSE", "LICENSE.md", "LICENSE.txt")

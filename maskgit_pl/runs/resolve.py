@@ -19,11 +19,11 @@ from typing import Any, cast
 import yaml
 
 from maskgit_pl.data.manifest import read_manifest_summary
-from maskgit_pl.distributed import default_device, has_bfloat16
+from maskgit_pl.devices import default_device, has_bfloat16
 from maskgit_pl.files import read_yaml
 from maskgit_pl.networks.backbone import DEFAULT_BACKBONE, BackboneConfig
 from maskgit_pl.networks.vqgan import VQGANConfig
-from maskgit_pl.pipeline.pretrained import read_config, read_decoding
+from maskgit_pl.pretrained.networks import read_config, read_decoding
 from maskgit_pl.runs.layers import DERIVED_KEYS, merge, value_at, without_keys
 from maskgit_pl.runs.plan import Plan
 from maskgit_pl.runs.recipe import Recipe, Stage

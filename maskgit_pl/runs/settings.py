@@ -17,15 +17,16 @@ from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origi
 
 from pydantic import Field
 
-from maskgit_pl.autoregressive import AutoregressiveConfig, AutoregressiveModel
-from maskgit_pl.checks import WrongValue, describe_wrong_values, shorten, type_adapter, validate
+from maskgit_pl.checks import WrongValue, describe_wrong_values, type_adapter, validate
 from maskgit_pl.data import ShardDataConfig
-from maskgit_pl.distillation import DistillationConfig, DistilledModel
-from maskgit_pl.mvtm import MaskedTokenConfig, MaskedTokenModel
 from maskgit_pl.networks.backbone import BUILT_IN, DEFAULT_BACKBONE, BackboneConfig, config_class
 from maskgit_pl.runs.layers import DERIVED_KEYS, Kind, Layer, merge, value_at, without_keys
-from maskgit_pl.tokenizer import Tokenizer
-from maskgit_pl.training.tokenizer_losses import TokenizerConfig
+from maskgit_pl.text import shorten
+from maskgit_pl.tokenizer.losses import TokenizerConfig
+from maskgit_pl.tokenizer.module import Tokenizer
+from maskgit_pl.transformer.autoregressive import AutoregressiveConfig, AutoregressiveModel
+from maskgit_pl.transformer.distillation import DistillationConfig, DistilledModel
+from maskgit_pl.transformer.mvtm import MaskedTokenConfig, MaskedTokenModel
 
 _HABITS = {"epochs": "max_steps", "max_epochs": "max_steps", "lr": "peak", "batch_size": "global_batch"}  # here
 _COMMAND_PATHS = {"data": {"path": "", "token_store": ""}}  # in place of the paths that a command sets

@@ -21,7 +21,6 @@ from torch import Tensor
 
 from maskgit_pl.data import describe_store
 from maskgit_pl.data import tokenize as make_store
-from maskgit_pl.data.folders import hold_lock
 from maskgit_pl.data.token_store import (
     StoreDescription,
     augmentations_text,
@@ -29,9 +28,10 @@ from maskgit_pl.data.token_store import (
     read_description,
 )
 from maskgit_pl.data.tokenize_options import TokenizeOptions
-from maskgit_pl.distributed import check_device, default_device
-from maskgit_pl.pipeline.grids import to_unit_range
-from maskgit_pl.pipeline.pretrained import PretrainedTokenizer, load_tokenizer
+from maskgit_pl.devices import check_device, default_device
+from maskgit_pl.folders import hold_lock
+from maskgit_pl.grids import to_unit_range
+from maskgit_pl.pretrained.networks import PretrainedTokenizer, load_tokenizer
 from maskgit_pl.processes import Bars, available_cores, launcher_rank, local_rank, no_bars
 from maskgit_pl.runs.plan import SHARED_TOKENS, Folders, plan_run
 from maskgit_pl.runs.recipe import Recipe

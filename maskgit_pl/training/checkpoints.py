@@ -49,11 +49,12 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from maskgit_pl.data.folders import replace_folder
 from maskgit_pl.distributed import on_all_ranks, rank_and_world
 from maskgit_pl.errors import CannotWriteError
-from maskgit_pl.files import sha256_of, size_text, write_tensors, write_text
+from maskgit_pl.files import sha256_of, write_tensors, write_text
+from maskgit_pl.folders import replace_folder
 from maskgit_pl.networks.weights import open_tensors
+from maskgit_pl.text import size_text
 
 log = logging.getLogger(__name__)
 

@@ -22,9 +22,9 @@ from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoa
 from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image
 
-from maskgit_pl.errors import printable
 from maskgit_pl.files import write_text
 from maskgit_pl.registry import Registry, derives_from
+from maskgit_pl.text import printable
 
 log = logging.getLogger(__name__)
 

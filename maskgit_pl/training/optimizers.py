@@ -25,8 +25,9 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
 
-from maskgit_pl.checks import check_choice, check_integer, check_number, shorten
+from maskgit_pl.checks import check_choice, check_integer, check_number
 from maskgit_pl.registry import Registry, derives_from
+from maskgit_pl.text import shorten
 
 Decay = Literal["constant", "cosine", "linear"]
 

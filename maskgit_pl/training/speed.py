@@ -22,7 +22,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from maskgit_pl.checks import build_dataclass
-from maskgit_pl.distributed import device_name, peak_memory
+from maskgit_pl.devices import device_name, peak_memory
 from maskgit_pl.files import read_json, try_write_text
 
 _FILE_NAME = "training_time.json"  # in the stage folder

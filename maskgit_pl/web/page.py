@@ -27,18 +27,19 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from maskgit_pl.checks import height_width, pixels_text, shorten
+from maskgit_pl.checks import height_width, pixels_text
 from maskgit_pl.data.image_bytes import read_image_file
 from maskgit_pl.data.images import decode_image, fit_image
 from maskgit_pl.decoding import DecodingStep
 from maskgit_pl.decoding.guidance import guidance_schedules
 from maskgit_pl.decoding.selectors import token_selectors
-from maskgit_pl.errors import RunError, is_user_error, markdown, printable
+from maskgit_pl.errors import RunError, is_user_error
+from maskgit_pl.grids import enlarge, scale_to, to_pil
 from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.pipeline.display import describe_settings, token_panel
-from maskgit_pl.pipeline.grids import enlarge, scale_to, to_pil
 from maskgit_pl.pipeline.options import seeds_of
 from maskgit_pl.pipeline.regions import Margins, box_mask, image_pixels
+from maskgit_pl.text import markdown, printable, shorten
 
 _MODEL: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1, "api_visibility": "private"}
 """Options of events that use the model: they wait for one another."""

@@ -22,10 +22,10 @@ from urllib.parse import urlsplit
 
 from PIL import Image
 
-from maskgit_pl.checks import check_integer, shorten
-from maskgit_pl.distributed import find_device
-from maskgit_pl.files import size_text
+from maskgit_pl.checks import check_integer
+from maskgit_pl.devices import find_device
 from maskgit_pl.pipeline import MaskGIT
+from maskgit_pl.text import shorten, size_text
 
 Message: TypeAlias = MutableMapping[str, Any]
 Receive: TypeAlias = Callable[[], Awaitable[Message]]

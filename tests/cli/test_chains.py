@@ -10,8 +10,8 @@ from PIL import Image
 
 from maskgit_pl.cli import main
 from maskgit_pl.data.images import encode_png
-from maskgit_pl.networks.feature_networks import load_classifier
-from maskgit_pl.pipeline.pretrained import load_transformer
+from maskgit_pl.networks.classifiers import load_classifier
+from maskgit_pl.pretrained.networks import load_transformer
 from tests.conftest import tiny_flags
 
 DIM = 3

@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from maskgit_pl.cli.flags import record_steps
+from maskgit_pl.grids import REQUESTED
 from maskgit_pl.pipeline import MaskGIT
-from maskgit_pl.pipeline.grids import REQUESTED
 from tests.cli.conftest import Answer, pixels
 from tests.pipeline.conftest import step
 

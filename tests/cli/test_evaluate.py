@@ -10,14 +10,14 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from maskgit_pl.data.images import encode_png
-from maskgit_pl.data.sources.making import open_source
+from maskgit_pl.data.sources.shards import open_source
 from maskgit_pl.data.writer import make_shards
 from maskgit_pl.evaluation.evaluator import Evaluator
 from maskgit_pl.evaluation.ledger import Ledger, Row
-from maskgit_pl.networks.feature_networks import load_classifier
+from maskgit_pl.networks.classifiers import load_classifier
 from maskgit_pl.pipeline import MaskGIT
-from maskgit_pl.pipeline.pretrained import fingerprint, read_decoding
 from maskgit_pl.pipeline.sharing import bundled_models
+from maskgit_pl.pretrained.networks import fingerprint, read_decoding
 from tests.cli.conftest import call_command
 from tests.conftest import CLASSES, save_tiny_pretrained
 from tests.forked import holder

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from maskgit_pl.cli import main
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
 from maskgit_pl.pipeline import MaskGIT
-from maskgit_pl.pipeline.pretrained import load_tokenizer, load_transformer, save_tokenizer
+from maskgit_pl.pretrained.networks import load_tokenizer, load_transformer, save_tokenizer
 from maskgit_pl.training.checkpoints import FolderCheckpointIO
 from tests.cli.conftest import refused
 from tests.conftest import save_tiny_pretrained, save_uneven_shards, tiny_flags

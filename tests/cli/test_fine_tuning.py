@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 from maskgit_pl.networks.transformer import MaskedTransformer
-from maskgit_pl.pipeline.fine_tuning import weights_for
-from maskgit_pl.pipeline.pretrained import fingerprint, load_transformer, read_config
+from maskgit_pl.pretrained.fine_tuning import weights_for
+from maskgit_pl.pretrained.networks import fingerprint, load_transformer, read_config
 from tests.conftest import save_tiny_pretrained, tiny_flags
 
 # A step that moves nothing.

@@ -5,9 +5,9 @@ import shutil
 import pytest
 
 from maskgit_pl.cli import main
-from maskgit_pl.data.sources.making import open_source
+from maskgit_pl.data.sources.shards import open_source
 from maskgit_pl.data.writer import make_shards
-from maskgit_pl.pipeline.pretrained import fingerprint
+from maskgit_pl.pretrained.networks import fingerprint
 from maskgit_pl.training.checkpoints import newest_checkpoint, read_settings, step_of
 from tests.cli.conftest import Answer, refused
 from tests.conftest import save_tiny_pretrained, tiny_flags

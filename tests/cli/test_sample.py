@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from maskgit_pl.networks.feature_networks import ClassifierSizes, create_classifier, describe_classifier
+from maskgit_pl.networks.classifiers import ClassifierSizes, create_classifier, describe_classifier
 from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.pipeline.options import SETTINGS
 from tests.cli.conftest import Answer, refused

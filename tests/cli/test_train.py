@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from maskgit_pl.pipeline.pretrained import fingerprint, load_transformer
+from maskgit_pl.pretrained.networks import fingerprint, load_transformer
 from maskgit_pl.runs.recipe import Recipe
 from maskgit_pl.training.checkpoints import newest_checkpoint
 from tests.cli.conftest import Answer, refused

@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from lightning.pytorch import Callback
 from lightning.pytorch.loggers import CSVLogger
 
-from maskgit_pl.training.callbacks import CallbackSpec
+from maskgit_pl.runs.callbacks import CallbackSpec
 from maskgit_pl.training.loggers import LoggerSpec
 
 

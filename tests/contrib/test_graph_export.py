@@ -29,7 +29,7 @@ from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.files import sha256_of
 from maskgit_pl.networks.quantizers import quantizers
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
-from maskgit_pl.pipeline.pretrained import PretrainedTokenizer, PretrainedTransformer
+from maskgit_pl.pretrained.networks import PretrainedTokenizer, PretrainedTransformer
 from tests.networks.backbone_cases import all_configs, create, small_config
 from tests.networks.test_quantizers import CASES
 

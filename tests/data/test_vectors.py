@@ -31,7 +31,7 @@ from maskgit_pl.data.manifest import (
     read_manifest_summary,
 )
 from maskgit_pl.data.samples import Sample, UnreadableSample
-from maskgit_pl.data.sources.making import open_source
+from maskgit_pl.data.sources.shards import open_source
 from maskgit_pl.data.vectors import VectorKind, open_array, parse_vector
 from maskgit_pl.data.verify import verify_shards
 from maskgit_pl.data.writer import make_shards

@@ -7,10 +7,10 @@ from torch import nn
 
 from maskgit_pl.data import ShardData, ShardDataConfig
 from maskgit_pl.evaluation.evaluator import FeatureMetrics
-from maskgit_pl.evaluation.features import Extractor, ImageFeatures
+from maskgit_pl.evaluation.extractors import Extractor, ImageFeatures
 from maskgit_pl.evaluation.metrics import ComparedImages, compute_metrics
 from maskgit_pl.evaluation.reference import Reference
-from maskgit_pl.networks.feature_networks import FeatureOutput
+from maskgit_pl.networks.classifiers import FeatureOutput
 
 
 class Few(nn.Module):

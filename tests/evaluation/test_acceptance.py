@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from maskgit_pl.evaluation.acceptance import Acceptance, choose, generate_accepted
-from maskgit_pl.networks.feature_networks import ClassifierSizes, FrozenClassifier, create_classifier
+from maskgit_pl.networks.classifiers import ClassifierSizes, FrozenClassifier, create_classifier
 from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.pipeline.bulk import BulkOptions, generate_many
 from tests.conftest import CLASSES

@@ -18,9 +18,9 @@ from maskgit_pl.evaluation.classifier import (
     fit_classifier,
     obtain_classifier,
 )
-from maskgit_pl.evaluation.features import open_extractors
+from maskgit_pl.evaluation.extractors import open_extractors
 from maskgit_pl.evaluation.options import SMALL_TRAINING, CASConfig, ClassifierConfig
-from maskgit_pl.networks.feature_networks import load_classifier, weights_digest
+from maskgit_pl.networks.classifiers import load_classifier, weights_digest
 from tests.evaluation.feature_networks import open_shards
 from tests.forked import run_ranks
 
@@ -84,7 +84,7 @@ def test_another_model_is_kept_unless_its_folder_is_the_default(data: ShardData,
     file = tmp_path / "config.json"
     stored = json.loads(file.read_text())
     changed = {"data": "other", "class_names": ["a", "b", "c"], "network": {**stored["network"], "in_channels": 3},
-               "format": "maskgit_pl.tokenizer"}  # fmt: skip
+               "format": "maskgit_pl.tokenizer.module"}  # fmt: skip
     file.write_text(json.dumps({**stored, **({change: changed[change]} if change in changed else {})}))
     if change == "no config":
         file.unlink()

@@ -17,7 +17,7 @@ from maskgit_pl.evaluation.distances import (
     kernel_distance,
     precision_recall,
 )
-from maskgit_pl.evaluation.features import ImageFeatures
+from maskgit_pl.evaluation.extractors import ImageFeatures
 from maskgit_pl.evaluation.reference import Reference, Statistics
 from tests.evaluation.feature_networks import distances
 

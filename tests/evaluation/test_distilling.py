@@ -8,7 +8,7 @@ from maskgit_pl import MaskGIT
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.evaluation import ClassifierConfig, distill, train_classifier
 from maskgit_pl.files import read_yaml
-from maskgit_pl.pipeline.pretrained import save_decoding
+from maskgit_pl.pretrained.networks import save_decoding
 
 SHORT = {"trainer.max_steps": 2, "trainer.val_check_interval": 2, "data.global_batch": 8, "trainer.accelerator": "cpu"}
 MEASURED = ("val/fid", "val/class_agreement", "val/diversity", "val/recall")

@@ -13,7 +13,7 @@ from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.evaluation import evaluator as module
 from maskgit_pl.evaluation.classifier import Accuracy
 from maskgit_pl.evaluation.evaluator import EvaluatedModel, Evaluator, FeatureMetrics, collect_numbers
-from maskgit_pl.evaluation.features import extract
+from maskgit_pl.evaluation.extractors import extract
 from maskgit_pl.evaluation.ledger import Ledger, Row
 from maskgit_pl.evaluation.options import CASConfig
 from maskgit_pl.evaluation.reference import obtain_references, read_real_labels, read_references

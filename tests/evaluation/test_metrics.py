@@ -11,7 +11,7 @@ from rich.console import Console
 
 from maskgit_pl import evaluation
 from maskgit_pl.cli import main
-from maskgit_pl.evaluation.features import ImageFeatures
+from maskgit_pl.evaluation.extractors import ImageFeatures
 from maskgit_pl.evaluation.metrics import (
     ComparedImages,
     FeatureMetric,

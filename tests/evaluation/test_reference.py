@@ -12,7 +12,7 @@ import torch
 
 from maskgit_pl.data import ShardData
 from maskgit_pl.evaluation import reference as module
-from maskgit_pl.evaluation.features import extract, iter_image_batches
+from maskgit_pl.evaluation.extractors import extract, iter_image_batches
 from maskgit_pl.evaluation.reference import (
     Reference,
     iter_real_batches,

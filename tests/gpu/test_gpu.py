@@ -25,7 +25,7 @@ from maskgit_pl.data import Batch
 from maskgit_pl.data.loader import StepDataModule
 from maskgit_pl.decoding import ConditionalModel, decode_classes
 from maskgit_pl.training.strategies import shard_blocks
-from maskgit_pl.training.token_model import TokenModel
+from maskgit_pl.transformer.token_model import TokenModel
 from tests.decoding.test_graph import FIRST, OTHERS, whole_run
 from tests.test_host_waits import BERT, Run, batch, build
 

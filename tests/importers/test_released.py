@@ -18,7 +18,7 @@ from maskgit_pl.importers.released import (
 from maskgit_pl.networks.transformer import TransformerConfig
 from maskgit_pl.networks.vqgan import VQGANConfig
 from maskgit_pl.pipeline import MaskGIT
-from maskgit_pl.pipeline.pretrained import load_tokenizer, load_transformer
+from maskgit_pl.pretrained.networks import load_tokenizer, load_transformer
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 TOKENIZER, TRANSFORMER = GOLDEN / "vqvae_checkpoint.msgpack", GOLDEN / "transformer_n16_checkpoint.msgpack"

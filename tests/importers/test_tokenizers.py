@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from maskgit_pl.importers.checkpoints import find_weights
 from maskgit_pl.importers.tokenizers import import_tokenizer, tokenizer_layout_of
 from maskgit_pl.networks.vqgan import VQGANConfig
-from maskgit_pl.pipeline.pretrained import load_tokenizer
+from maskgit_pl.pretrained.networks import load_tokenizer
 from tests.forked import in_own_process
 from tests.importers.tokenizer_references import (
     DiffusersVQModel,

@@ -11,7 +11,7 @@ import torch
 from maskgit_pl.importers.transformers import HALTON, MASKGIL, import_transformer, transformer_layout_of
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
 from maskgit_pl.pipeline import MaskGIT
-from maskgit_pl.pipeline.pretrained import load_tokenizer, load_transformer, save_tokenizer
+from maskgit_pl.pretrained.networks import load_tokenizer, load_transformer, save_tokenizer
 from tests.forked import in_own_process
 from tests.importers.transformer_references import (
     HALTON_SIZES,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from maskgit_pl.networks.backbone import Backbone, BackboneConfig, backbones, build_config
-from maskgit_pl.pipeline.pretrained import fingerprint, load_transformer, save_transformer
+from maskgit_pl.pretrained.networks import fingerprint, load_transformer, save_transformer
 
 SIZES: dict[str, Any] = {"embed_dim": 32, "depth": 2, "num_heads": 4, "mlp_dim": 48}
 OPTIONS: dict[str, list[dict[str, Any]]] = {  # of backbones that have options; the first one is always the default

@@ -24,8 +24,8 @@ from maskgit_pl.networks.backbone import (
     create_network,
 )
 from maskgit_pl.pipeline import MaskGIT
-from maskgit_pl.pipeline.fine_tuning import weights_for
-from maskgit_pl.pipeline.pretrained import PretrainedTransformer, fingerprint, load_transformer, save_transformer
+from maskgit_pl.pretrained.fine_tuning import weights_for
+from maskgit_pl.pretrained.networks import PretrainedTransformer, fingerprint, load_transformer, save_transformer
 from maskgit_pl.training.strategies import prepare_blocks, shard_blocks
 from tests.conftest import save_tiny_pretrained
 from tests.forked import run_ranks

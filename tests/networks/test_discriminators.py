@@ -6,7 +6,6 @@ The discriminator has the released sizes and takes any image size.
 import pytest
 import torch
 
-from maskgit_pl import losses
 from maskgit_pl.checks import height_width
 from maskgit_pl.networks.discriminators import (
     Discriminator,
@@ -14,7 +13,8 @@ from maskgit_pl.networks.discriminators import (
     PatchDiscriminatorConfig,
     discriminators,
 )
-from maskgit_pl.training.tokenizer_losses import AdversarialConfig
+from maskgit_pl.tokenizer.losses import AdversarialConfig
+from maskgit_pl.transformer import losses
 
 SMALL = {"stylegan": {"channel_multiplier": 1 / 64}, "patchgan": {"base_channels": 4, "num_layers": 2}}
 SPECS = [{"name": name, **SMALL.get(name, {})} for name in discriminators.names()]

@@ -13,7 +13,7 @@ from torchmetrics.functional.image import lpips as theirs
 from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 from torchvision.models.vgg import cfgs, make_layers
 
-from maskgit_pl.networks.feature_networks import weights_digest
+from maskgit_pl.networks.classifiers import weights_digest
 from maskgit_pl.networks.features import (
     ClassifierSpec,
     FeatureOutput,
@@ -26,7 +26,7 @@ from maskgit_pl.networks.features import (
     feature_networks,
     parse_feature_network,
 )
-from maskgit_pl.training.tokenizer_losses import PerceptualConfig
+from maskgit_pl.tokenizer.losses import PerceptualConfig
 from tests.inception import save_inception
 
 MODEL = "mobilenetv3_small_050"

@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from maskgit_pl.losses import token_cross_entropy
 from maskgit_pl.masking import true_positions
 from maskgit_pl.networks.backbone import (
     LARGEST_COMPOSED,
@@ -17,6 +16,7 @@ from maskgit_pl.networks.backbone import (
 )
 from maskgit_pl.networks.quantizers import quantizers
 from maskgit_pl.networks.transformer import TransformerConfig
+from maskgit_pl.transformer.losses import token_cross_entropy
 from tests.networks.backbone_cases import create, inputs, small_config
 
 GROUPS = [(1, 7), (3, 3), (4, 2), (2, 5)]

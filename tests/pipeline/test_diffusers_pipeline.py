@@ -14,8 +14,8 @@ from maskgit_pl import MaskGIT
 from maskgit_pl.cli import main
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.files import sha256_of
-from maskgit_pl.pipeline.pretrained import save_decoding
 from maskgit_pl.pipeline.sharing import DIFFUSERS_FILES
+from maskgit_pl.pretrained.networks import save_decoding
 from tests.conftest import save_tiny_pretrained
 from tests.local_hub import local_hub
 from tests.networks.backbone_cases import save_model_of_vectors

@@ -12,7 +12,7 @@ from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.decoding.selectors import token_selectors
 from maskgit_pl.networks.kernels import PackingLinear, _packed_dtypes
 from maskgit_pl.pipeline import MaskGIT
-from maskgit_pl.pipeline.pretrained import load_tokenizer, save_tokenizer
+from maskgit_pl.pretrained.networks import load_tokenizer, save_tokenizer
 from maskgit_pl.schedules import Pow
 from tests.conftest import save_tiny_pretrained
 from tests.pipeline.conftest import images, last_tokens

@@ -16,7 +16,7 @@ from maskgit_pl.networks.kernels import PackingLinear
 from maskgit_pl.networks.transformer import TransformerConfig
 from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.pipeline.bulk import BulkOptions, generate_many
-from maskgit_pl.pipeline.pretrained import load_transformer, save_transformer
+from maskgit_pl.pretrained.networks import load_transformer, save_transformer
 from tests.conftest import CLASSES, peak_predictions, save_tiny_pretrained
 from tests.pipeline.conftest import last_tokens
 

@@ -16,8 +16,8 @@ from maskgit_pl.cli import main
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.networks.transformer import TransformerConfig
 from maskgit_pl.pipeline import MaskGIT
-from maskgit_pl.pipeline.pretrained import read_decoding, save_decoding
 from maskgit_pl.pipeline.sharing import bundled_models, find_folder
+from maskgit_pl.pretrained.networks import read_decoding, save_decoding
 from maskgit_pl.runs.layers import merge
 from maskgit_pl.runs.recipe import STAGES, Recipe
 from maskgit_pl.runs.resolve import choose_precision, values_without_data

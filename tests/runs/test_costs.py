@@ -22,8 +22,8 @@ from maskgit_pl.runs.costs import (
     useful_flops,
 )
 from maskgit_pl.runs.plan import plan_run
+from maskgit_pl.tokenizer.losses import AdversarialConfig
 from maskgit_pl.training.checkpoints import newest_checkpoint
-from maskgit_pl.training.tokenizer_losses import AdversarialConfig
 from tests.conftest import tiny_flags
 from tests.networks.backbone_cases import small_config
 from tests.short_runs import autoregressive_model, masked_model, tokenizer_model

@@ -12,7 +12,7 @@ from lightning.pytorch import Trainer
 
 from maskgit_pl import MaskGIT, processes, runs
 from maskgit_pl.errors import PreemptedError
-from maskgit_pl.pipeline.pretrained import fingerprint
+from maskgit_pl.pretrained.networks import fingerprint
 from maskgit_pl.training.checkpoints import newest_checkpoint
 from maskgit_pl.training.stopping import StepCheck
 from tests.conftest import tiny_flags

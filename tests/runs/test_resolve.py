@@ -16,7 +16,7 @@ from maskgit_pl.runs.plan import Plan, plan_run
 from maskgit_pl.runs.recipe import Recipe
 from maskgit_pl.runs.resolve import adapt_to_few_images, choose_precision, fixed_settings, list_changes, merge_values
 from maskgit_pl.runs.settings import TrainerSettings
-from maskgit_pl.training.tokenizer_losses import AdversarialConfig, PerceptualConfig
+from maskgit_pl.tokenizer.losses import AdversarialConfig, PerceptualConfig
 from tests.conftest import tiny_flags
 
 NAMES = {"tokenizer": "base_channels", "transformer": "embed_dim"}

@@ -12,6 +12,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from maskgit_pl.networks.discriminators import DiscriminatorConfig
+from maskgit_pl.tokenizer.losses import AdversarialConfig
 from maskgit_pl.training.checkpoints import FolderCheckpointIO
 from maskgit_pl.training.optimizers import (
     LearningRate,
@@ -23,7 +24,6 @@ from maskgit_pl.training.optimizers import (
     state_values,
     update_ema,
 )
-from maskgit_pl.training.tokenizer_losses import AdversarialConfig
 from tests.forked import run_ranks
 from tests.short_runs import assert_equal, data, fit, tiny_module
 

@@ -13,10 +13,10 @@ from maskgit_pl.errors import INTERNAL_ERROR, NonFiniteError, PreemptedError
 from maskgit_pl.networks.discriminators import DiscriminatorConfig
 from maskgit_pl.runs.build import build
 from maskgit_pl.runs.plan import plan_run
+from maskgit_pl.tokenizer.losses import AdversarialConfig
 from maskgit_pl.training.checkpoints import Checkpoints
 from maskgit_pl.training.optimizers import LearningRate
 from maskgit_pl.training.stopping import StepCheck, Watchdog, clip_gradients
-from maskgit_pl.training.tokenizer_losses import AdversarialConfig
 from tests import short_runs
 from tests.conftest import tiny_flags
 from tests.forked import Command

@@ -19,8 +19,8 @@ from typing import NamedTuple
 
 from maskgit_pl.data.image_bytes import MAX_IMAGE_BYTES, UnreadableImageError
 from maskgit_pl.data.tar import DamagedTarError, read_members
-from maskgit_pl.errors import printable
-from maskgit_pl.files import TooLargeDirectoryError, open_regular, open_zip, size_text
+from maskgit_pl.files import TooLargeDirectoryError, open_regular, open_zip
+from maskgit_pl.text import printable, size_text
 
 _HIDDEN = "hidden"
 _NO_FILE = "that are links, devices, sparse, encrypted or compressed other than by deflate"

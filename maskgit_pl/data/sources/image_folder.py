@@ -19,14 +19,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from maskgit_pl.checks import shorten
 from maskgit_pl.data.image_bytes import UnreadableImageError
 from maskgit_pl.data.manifest import Split
 from maskgit_pl.data.samples import Sample, UnreadableSample, is_val, number_classes, read_sample
 from maskgit_pl.data.scan import IMAGE_EXTENSIONS
 from maskgit_pl.data.sources.archives import Entries
 from maskgit_pl.data.vectors import MAX_VECTOR_BYTES, VECTOR_EXTENSION, VectorKind, parse_vector
-from maskgit_pl.errors import printable
+from maskgit_pl.text import printable, shorten
 
 _VAL_FOLDERS = ("val", "valid", "validation", "test")
 _MAX_LISTED = 3  # names of files that are left out

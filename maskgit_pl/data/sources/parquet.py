@@ -31,8 +31,8 @@ from maskgit_pl.data.samples import (
 )
 from maskgit_pl.data.sources import parquet_child
 from maskgit_pl.data.sources.parquet_child import END, ERROR, HEADER, NOTHING, TOO_LARGE
-from maskgit_pl.errors import printable
-from maskgit_pl.files import open_regular, parse_any_json, size_text
+from maskgit_pl.files import open_regular, parse_any_json
+from maskgit_pl.text import printable, size_text
 
 _MAX_ROWS = 2**25  # of all files together
 _CHILD_BYTES = 2**31  # memory of the child

@@ -25,8 +25,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from maskgit_pl.errors import printable
-from maskgit_pl.files import open_regular, size_text
+from maskgit_pl.files import open_regular
+from maskgit_pl.text import printable, size_text
 
 if TYPE_CHECKING:
     import numpy as np

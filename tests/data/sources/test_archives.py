@@ -14,7 +14,7 @@ from PIL import Image
 from maskgit_pl.data.samples import UnreadableSample
 from maskgit_pl.data.sources.archives import Entries
 from maskgit_pl.data.sources.image_folder import ImageFolder
-from maskgit_pl.data.sources.making import open_source
+from maskgit_pl.data.sources.shards import open_source
 from maskgit_pl.data.writer import make_shards
 from tests.data.conftest import less_memory_than
 from tests.data.sources.test_image_folder import all_samples

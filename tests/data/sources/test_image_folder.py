@@ -14,7 +14,7 @@ from PIL import Image
 from maskgit_pl.data.images import decode_image, parse_image_header
 from maskgit_pl.data.samples import UnreadableSample
 from maskgit_pl.data.sources.image_folder import ImageFolder
-from maskgit_pl.data.sources.making import open_source
+from maskgit_pl.data.sources.shards import open_source
 from maskgit_pl.data.writer import make_shards
 from tests.data.conftest import contents
 from tests.hostile_images import save

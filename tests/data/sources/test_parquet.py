@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from maskgit_pl.data.manifest import ShardReader, load_manifest, read_manifest_summary
-from maskgit_pl.data.sources.making import open_source
+from maskgit_pl.data.sources.shards import open_source
 from maskgit_pl.data.writer import make_shards
 from tests.forked import in_own_process
 

@@ -10,8 +10,8 @@ import torch
 from maskgit_pl.cli import main
 from maskgit_pl.data.images import decode_image
 from maskgit_pl.data.sources import public
-from maskgit_pl.data.sources.making import open_source
 from maskgit_pl.data.sources.public import IdxFiles, public_datasets
+from maskgit_pl.data.sources.shards import open_source
 from tests.data.conftest import less_memory_than
 
 

@@ -11,15 +11,15 @@ from torch import Tensor
 
 from comparators.comparison import Comparison, inputs, present
 from comparators.folder import Folder
-from maskgit_pl.losses import (
+from maskgit_pl.networks.codebooks import GradientQuantizerSpec
+from maskgit_pl.networks.quantizers import entropy_loss
+from maskgit_pl.tokenizer.losses import LossInputs, tokenizer_losses
+from maskgit_pl.transformer.losses import (
     discriminator_loss,
     generator_loss,
     mean_over_rows,
     token_cross_entropy,
 )
-from maskgit_pl.networks.codebooks import GradientQuantizerSpec
-from maskgit_pl.networks.quantizers import entropy_loss
-from maskgit_pl.training.tokenizer_losses import LossInputs, tokenizer_losses
 
 _INPUTS = (
     "ce_logits", "ce_labels", "ce_weights", "dist_a", "dist_b", "entropy_affinity", "real_logit", "fake_logit",
@@ -141,7 +141,7 @@ def _perplexities(arrays: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _perplexity(tokens: Tensor, codebook_size: int) -> Tensor:
     """Computes exp(-sum p log(p + 1e-5)) of our metric's shares; our metric has not the released code's 1e-5."""
-    from maskgit_pl.tokenizer import CodebookUsage  # with lightning, which takes seconds to import
+    from maskgit_pl.tokenizer.module import CodebookUsage  # with lightning, which takes seconds to import
 
     use = CodebookUsage(codebook_size)
     use.update(tokens.unsqueeze(0), torch.ones(1))

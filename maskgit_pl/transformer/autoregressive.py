@@ -1,0 +1,79 @@
+"""Stage 2 of the autoregressive baseline: the transformer with causal attention learns to predict the next token.
+
+The numbers of its comments are those of the steps in ``transformer.token_model``.
+
+Source: paper, Table 1 (VQGAN*: "the same setup as MaskGIT") and Figure 4; Esser et al., arXiv:2012.09841.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import KW_ONLY, dataclass
+
+import torch
+from torch import Tensor
+
+from maskgit_pl.checks import check_choice
+from maskgit_pl.data.batches import Batch
+from maskgit_pl.decoding.autoregressive import decode_autoregressive
+from maskgit_pl.decoding.config import AutoregressiveDecoding
+from maskgit_pl.decoding.decoder import DecodingStep
+from maskgit_pl.decoding.predictors import ConditionalModel
+from maskgit_pl.masking import Draws
+from maskgit_pl.networks.backbone import create_network
+from maskgit_pl.transformer.token_model import NUM_BINS, TokenModel, TokenModelConfig, check_decoding
+
+
+@dataclass(frozen=True)
+class AutoregressiveConfig(TokenModelConfig):
+    """The configuration of ``AutoregressiveModel``: that of ``TokenModelConfig``, with causal attention.
+
+    Args:
+        decoding: Decoding settings for sample images, and of the exported model.
+
+    Raises:
+        ValueError: if a number is out of range, a name is unknown, or guidance is set without a null class.
+    """
+
+    _: KW_ONLY
+    decoding: AutoregressiveDecoding = AutoregressiveDecoding()  # noqa: RUF009  # frozen
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("network.attention", self.network.attention, ("causal",))
+        if self.network.condition_dim:
+            raise ValueError(
+                f"network.condition_dim must be 0 with causal attention, got {self.network.condition_dim}: its "
+                "sampling takes no vectors; set data.vectors to false, or use bidirectional attention"
+            )
+        check_decoding(self.decoding.to_config(self.network.num_tokens), self.network, is_autoregressive=True)
+
+
+class AutoregressiveModel(TokenModel):
+    """The LightningModule that trains an ``AutoregressiveBackbone``.
+
+    The loss is the mean cross-entropy of each token, given the tokens before it.
+    """
+
+    config: AutoregressiveConfig
+    binned_by = "position"
+
+    def __init__(self, config: AutoregressiveConfig) -> None:
+        num_tokens = config.network.num_tokens
+        decoding = config.decoding.to_config(num_tokens)
+        super().__init__(config, create_network(config.network), decoding)
+        self.decoder = decoding.build_autoregressive_decoder(num_tokens)
+
+    def _draw(self, batch: Batch) -> Draws:
+        shape = len(batch.index), self.config.network.num_tokens
+        return self._draws_of(batch, torch.ones(shape, dtype=torch.bool, device=batch.index.device))
+
+    def _assign_bins(self, mask: Tensor, positions: Tensor) -> Tensor:
+        """Groups tokens by their position in raster order, in four equal parts."""
+        return positions % mask.shape[1] * NUM_BINS // mask.shape[1]  # (M,)
+
+    def sample(
+        self, labels: Sequence[int], seeds: Sequence[int], vectors: Tensor | None = None
+    ) -> Iterator[DecodingStep]:
+        model = ConditionalModel(self.ema_network, self.device)
+        return decode_autoregressive(model, labels, seeds, decoder=self.decoder, scales=self.decoding.scales())

@@ -1,0 +1,149 @@
+"""Stage 2: masked visual token modeling. The transformer learns to predict masked tokens from the visible ones.
+
+``MaskedTokenModel`` owns the mask schedule, and passes the same object to ``MaskSampler`` and
+``ParallelDecoder``. The numbers of its comments are those of the steps in ``transformer.token_model``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import KW_ONLY, dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from maskgit_pl.checks import check_choice, check_integer
+from maskgit_pl.data.batches import Batch
+from maskgit_pl.decoding.config import DecodingConfig, set_specs
+from maskgit_pl.decoding.decoder import DecodingStep, decode_classes
+from maskgit_pl.decoding.predictors import ConditionalModel
+from maskgit_pl.masking import Draws, MaskSampler, mask_positions, mask_ratios
+from maskgit_pl.networks.backbone import create_network
+from maskgit_pl.schedules import mask_schedules
+from maskgit_pl.transformer.losses import Objective, TokenLosses, objectives
+from maskgit_pl.transformer.token_model import NUM_BINS, TokenModel, TokenModelConfig, check_decoding
+
+
+@dataclass(frozen=True)
+class MaskedTokenConfig(TokenModelConfig):
+    """The configuration of ``MaskedTokenModel``: that of ``TokenModelConfig``, with bidirectional attention, and masks.
+
+    Args:
+        global_batch: Samples per step over all ranks and micro-batches. The mask ratios of a global batch are
+            stratified; see ``MaskSampler``.
+        mask_schedule: Name or mapping of a registered mask schedule, for training and decoding; this and the
+            following parts may be objects of registered classes, too.
+        mask_ratio: Name or mapping of a registered distribution of the mask ratio in training.
+        mask_positions: Name or mapping of a registered rule for the positions that are masked in training.
+        objective: Name or mapping of a registered objective, the loss of the training.
+        decoding: Decoding settings for sample images, and of the exported model.
+
+    Raises:
+        ValueError: if a number is out of range, a name is unknown, there are more decoding steps than tokens, or
+            guidance is set without a null class.
+    """
+
+    _: KW_ONLY
+    global_batch: int
+    mask_schedule: str | dict[str, Any] = "cosine"
+    mask_ratio: str | dict[str, Any] = "schedule"
+    mask_positions: str | dict[str, Any] = "uniform"
+    objective: str | dict[str, Any] = "masked_cross_entropy"
+    decoding: DecodingConfig = DecodingConfig()  # noqa: RUF009  # frozen
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("network.attention", self.network.attention, ("bidirectional",))
+        set_specs(
+            self,
+            mask_schedule=mask_schedules,
+            mask_ratio=mask_ratios,
+            mask_positions=mask_positions,
+            objective=objectives,
+        )
+        check_integer("global_batch", self.global_batch, "[1, 4294967296]")
+        _ = self.sampler, self.built_objective  # raises if a part is unknown or wrong
+        check_decoding(self.decoding, self.network, is_autoregressive=False)
+
+    @cached_property
+    def sampler(self) -> MaskSampler:
+        """The sampler of the masks. Its schedule is the one that decoding follows."""
+        return MaskSampler(
+            mask_schedules.build(self.mask_schedule),
+            self.seed,
+            mask_ratios.build(self.mask_ratio),
+            mask_positions.build(self.mask_positions),
+        )
+
+    @cached_property
+    def built_objective(self) -> Objective:
+        """The objective that ``objective`` names."""
+        return objectives.build(self.objective)
+
+
+class MaskedTokenModel(TokenModel):
+    """The LightningModule that trains a backbone to predict masked tokens. Source: paper, objective."""
+
+    config: MaskedTokenConfig
+    binned_by = "mask-ratio"
+
+    def __init__(self, config: MaskedTokenConfig) -> None:
+        super().__init__(config, create_network(config.network), config.decoding)
+        self.mask_schedule_spec = config.mask_schedule
+        # One schedule for training and decoding.
+        self.mask_sampler = config.sampler
+        self.mask_schedule = config.sampler.mask_schedule
+        self.decoder = config.decoding.build_decoder(self.mask_schedule)
+        self.objective = config.built_objective
+
+    def on_fit_start(self) -> None:
+        """Checks that the masks are stratified over the batches of the data module, if it tells their size.
+
+        Raises:
+            ValueError: if the model has another global batch.
+        """
+        own = self.config.global_batch
+        given = getattr(getattr(self.trainer, "datamodule", None), "global_batch", own)
+        if given != own:
+            raise ValueError(
+                f"global_batch of the model must be {given}, that of the data module, got {own}; give both the same"
+            )
+
+    def _draw(self, batch: Batch) -> Draws:
+        network = self.config.network
+        # 1. Mask.
+        mask = self.mask_sampler.mask(
+            network.num_tokens,
+            index=batch.index,
+            epoch=batch.epoch,
+            position=batch.position,
+            global_batch=self.config.global_batch,
+            grid=network.grid,
+        )
+        # 2. Drop classes.
+        draws = self._draws_of(batch, mask)
+        if self.training and self.objective.visible_weight > 0:
+            return draws._replace(positions=torch.arange(mask.numel(), device=mask.device))  # all tokens are predicted
+        return draws
+
+    def _hide(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        # 5. The mask token takes the place of masked tokens.
+        return tokens.masked_fill(mask, self.config.network.mask_token_id)
+
+    def _average(self, losses: Tensor, draws: Draws) -> Tensor:
+        # 6. The loss of the paper, the cross-entropy at the masked tokens, or another objective.
+        return self.objective(TokenLosses(losses, draws.rows, len(draws.mask), draws.is_masked))
+
+    def _assign_bins(self, mask: Tensor, positions: Tensor) -> Tensor:
+        """Groups tokens by the mask ratio of their row: bin i holds ratios in (i / 4, (i + 1) / 4]."""
+        row_bins = ((mask.float().mean(1) * NUM_BINS).ceil().long() - 1).clamp(0, NUM_BINS - 1)  # (B,)
+        return row_bins[positions // mask.shape[1]]  # (M,)
+
+    def sample(
+        self, labels: Sequence[int], seeds: Sequence[int], vectors: Tensor | None = None
+    ) -> Iterator[DecodingStep]:
+        vectors = None if vectors is None else vectors.to(self.device)
+        model = ConditionalModel(self.ema_network, self.device).bind(vectors)
+        return decode_classes(model, labels, seeds, decoder=self.decoder, scales=self.decoding.scales())
