@@ -20,10 +20,11 @@ from statistics import median
 from typing import Any, Literal
 
 import torch
-from maskgit_pl.devices import describe_environment, has_bfloat16
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
+
+from maskgit_pl.devices import describe_environment, has_bfloat16
 
 Precision = Literal["fp32", "bf16"]
 """Lightning's ``32-true`` and ``bf16-mixed``."""

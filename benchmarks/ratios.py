@@ -23,8 +23,9 @@ from statistics import median
 from typing import Any
 
 import torch
-from maskgit_pl.devices import has_bfloat16
 from measuring import format_table, read_cpu_name
+
+from maskgit_pl.devices import has_bfloat16
 
 _README = Path(__file__).parent / "README.md"
 _BEGIN, _END = "<!-- ratios: written by `make benchmarks` -->", "<!-- end of ratios -->"

@@ -39,17 +39,17 @@ __all__ = [
 ]
 
 _HOMES = {
-    "AutoregressiveConfig": "autoregressive",
-    "AutoregressiveModel": "autoregressive",
+    "AutoregressiveConfig": "transformer.autoregressive",
+    "AutoregressiveModel": "transformer.autoregressive",
     "LearningRate": "training.optimizers",
     "MaskGIT": "pipeline",
     "MaskSampler": "masking",
-    "MaskedTokenConfig": "mvtm",
-    "MaskedTokenModel": "mvtm",
+    "MaskedTokenConfig": "transformer.mvtm",
+    "MaskedTokenModel": "transformer.mvtm",
     "OptimizerConfig": "training.optimizers",
     "ParallelDecoder": "decoding",
     "AutoregressiveDecoder": "decoding",
-    "Tokenizer": "tokenizer",
+    "Tokenizer": "tokenizer.module",
     "TokenizerConfig": "tokenizer.losses",
     "demo": "evaluation.demo_steps",
     "mask_schedules": "schedules",

@@ -11,11 +11,12 @@ import math
 import re
 from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, fields
-from difflib import get_close_matches
 from functools import cache
 from numbers import Real
 from os import PathLike
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, TypeVar, cast
+
+from maskgit_pl.text import did_you_mean, shorten
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
@@ -29,7 +30,6 @@ T = TypeVar("T")
 CHANNELS = {1: "grey", 3: "RGB"}
 """The numbers of channels of images, and what they hold."""
 
-_MAX_SHOWN = 80  # characters of a value in a message
 
 _CONVERTED = ("int", "float", "str", "bool", "list", "dict")  # types to which pydantic would convert other values
 
@@ -57,27 +57,6 @@ class WrongValue(NamedTuple):
     key: tuple[str, ...]  # that leads to the value, such as ("data", "seed")
     text: str
     kind: Literal["missing", "type", "value"]  # the last is what a dataclass refuses
-
-
-def shorten(value: object) -> str:
-    """Returns ``repr(value)``, at most 80 characters long, with control characters escaped."""
-    # A long list would fill the terminal, and repr() of it takes time.
-    if isinstance(value, list | tuple | dict | set) and len(value) > _MAX_SHOWN:
-        return f"a {type(value).__name__} of {len(value)}"
-    try:
-        text = repr(value[: _MAX_SHOWN + 1] if isinstance(value, str | bytes) else value)
-    except (ValueError, RecursionError):  # an integer of over 4,300 digits; a structure nested too deep
-        return f"a {type(value).__name__} that is too large to print"
-    return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}..."
-
-
-def did_you_mean(name: str, choices: Collection[str]) -> str:
-    """Returns ``"did you mean 'x'?"`` for the choice closest to ``name``, or an empty string if none is close."""
-    lower_name, names = name.lower(), {choice.lower(): choice for choice in choices}
-    close = get_close_matches(lower_name, names, n=1) or [
-        candidate for candidate in names if lower_name and candidate.startswith(lower_name)
-    ]
-    return f"did you mean {names[close[0]]!r}?" if close else ""
 
 
 def check_integer(name: str, value: object, interval: str) -> int:
@@ -394,9 +373,3 @@ def pixels_text(size: int | Sequence[int]) -> str:
     """Returns a size for messages: width x height, as PIL and file managers show it."""
     height, width = height_width(size)
     return f"{width} x {height}"
-
-
-def count_text(count: int, noun: str) -> str:
-    """Formats a count with its noun, such as ``1 node``, ``1,024 nodes`` or ``2 classes``."""
-    ending = "" if count == 1 else "es" if noun.endswith("s") else "s"
-    return f"{count:,} {noun}{ending}"

@@ -1,4 +1,4 @@
-"""Errors that end a command, their exit codes, and untrusted text made safe to print.
+"""Errors that end a command, and their exit codes.
 
 | exit code | meaning |
 |---|---|
@@ -17,27 +17,19 @@ The place where an error was raised separates bad input from internal errors. A 
 library or from an expression is an internal error, and so is every ``TypeError``, ``KeyError``, ``IndexError`` and
 ``AttributeError``. If user input can make a library raise a ``ValueError``, the caller catches it and raises one of its
 own. A file that does not exist, exists already, is a folder, or has the wrong permissions is bad input anywhere.
-
-Data sets, pretrained folders and plug-ins contain names, such as those of classes. They are stored unchanged
-and escaped on output (``printable``, ``markdown``, ``python_string`` ...), so that every name is accepted and
-none can forge a heading, a link, a table cell or a line of the terminal.
 """
 
 from __future__ import annotations
 
 import dis
 import errno
-import json
-import logging
 import os
-import re
 import traceback
-import unicodedata
 from contextlib import suppress
 from itertools import islice
 from typing import ClassVar
 
-from maskgit_pl.text import did_you_mean
+from maskgit_pl.text import did_you_mean, printable
 
 BAD_INPUT = 2
 INTERNAL_ERROR = 70
@@ -51,18 +43,7 @@ _BAD_DISK = {
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ESTALE, errno.EBUSY, errno.EXDEV, errno.EROFS,
 }  # fmt: skip
 
-_MAX_SHOWN = 200  # characters of a text
 _MAX_COMPARED = 1000  # names of a folder
-_MAX_LABEL = 60  # characters; longer labels leave no room for the axes
-_AS_ENTITY = {"&": "&amp;", "<": "&lt;", ">": "&gt;", "|": "&#124;"}
-_SPECIAL = re.compile(
-    r"[&<>|\\`*~$#!{}\[\]]"  # emphasis, code, links, images, HTML, tables, mathematics, headings, templates
-    r"|(?<![^\W_])_|_(?![^\W_])"  # underscores that are not inside a word
-    r"|:(?=//)|(?<=www)\.|@"  # addresses that the Markdown of GitHub turns into links
-    r"|(?<!\S)[-+=]",  # lists and underlined headings, at any word, because a line may be wrapped there
-    re.IGNORECASE,
-)
-_NUMBERED = re.compile(r"(?<!\S)(\d{1,9})([.)])(?!\S)")
 
 
 class RunError(RuntimeError):
@@ -188,64 +169,3 @@ def _is_raised_by_us(error: BaseException) -> bool:
     # The last instruction tells a raise statement from an expression such as int("x") in the same frame.
     package = str(frame.tb_frame.f_globals.get("__name__")).partition(".")[0]
     return package in _OURS and frame.tb_frame.f_code.co_code[frame.tb_lasti] == dis.opmap["RAISE_VARARGS"]
-
-
-def printable(text: object, *, limit: int | None = _MAX_SHOWN) -> str:
-    r"""Returns one line without control characters, for terminals, logs and error messages.
-
-    All kinds of spaces become a space. Control characters, line breaks, bidirectional and zero-width
-    formatting, and characters that Unicode does not assign are written as Python escapes (``\x1b``).
-
-    Args:
-        text: Any object; its ``str`` is used.
-        limit: Maximum number of characters; None for all. Longer texts end in ``...``.
-    """
-    # The limit comes first: a text of a gigabyte is not escaped as a whole.
-    full = str(text)
-    visible = full if limit is None else full[:limit]
-    line = "".join(map(_printable_character, visible))
-    return line if len(visible) == len(full) else f"{line}..."
-
-
-def _printable_character(character: str) -> str:
-    if character.isprintable():
-        return character
-    # Zs: all spaces, such as the no-break space. Line and paragraph separators are in other categories.
-    if unicodedata.category(character) == "Zs":
-        return " "
-    return repr(character)[1:-1]
-
-
-class PrintableFormatter(logging.Formatter):
-    """A formatter that makes each line of a log record printable, so that no name controls the terminal."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        """Returns the lines of the record, each ``printable``."""
-        return "\n".join(printable(line, limit=None) for line in super().format(record).split("\n"))
-
-
-def markdown(text: object) -> str:
-    """Returns Markdown that renders as ``printable(text)`` in a paragraph, heading or table cell, without markup."""
-    line = " ".join(printable(text).split())
-    escaped = _SPECIAL.sub(lambda match: _AS_ENTITY.get(match[0], f"\\{match[0]}"), line)
-    return _NUMBERED.sub(r"\1\\\2", escaped)
-
-
-def code_span(text: object) -> str:
-    """Returns a Markdown code span; or ``markdown(text)``, if the text has characters that end a span or a cell."""
-    line = " ".join(printable(text).split())
-    return markdown(line) if not line or set("`|\\") & set(line) else f"`{line}`"
-
-
-def python_string(text: str) -> str:
-    """Returns a Python string literal of printable characters in double quotes that evaluates to ``text``."""
-    return printable(json.dumps(text, ensure_ascii=False), limit=None)
-
-
-def plain_label(text: object) -> str:
-    r"""Returns a label for matplotlib: at most 60 characters of ``printable(text)``, with ``$`` escaped.
-
-    matplotlib leaves labels that begin with an underscore out of a legend, so a space is put before one.
-    """
-    label = printable(text, limit=_MAX_LABEL).replace("$", r"\$")
-    return f" {label}" if label.startswith("_") else label

@@ -26,7 +26,7 @@ from typing import IO, TYPE_CHECKING, Any, cast
 import yaml
 from safetensors import SafetensorError
 
-from maskgit_pl.text import shorten
+from maskgit_pl.text import shorten, size_text
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -247,26 +247,6 @@ def sha256_of(file: str | Path | int) -> str:
     with open(descriptor, "rb", buffering=0, closefd=not isinstance(file, int)) as stream:
         stream.seek(0)
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def size_text(count: float) -> str:
-    """Returns a number of bytes with a unit and three digits, such as ``1.34 GB`` or ``512 bytes``."""
-    # Decimal units, as disks are sold and as df -H prints them.
-    for unit, factor in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= factor:
-            size = count / factor
-            return f"{size:.0f} {unit}" if size >= 100 else f"{size:.3g} {unit}"
-    return f"{count:.0f} bytes"
-
-
-def parse_size(text: str) -> float:
-    """Parses a number of bytes above 0, such as ``80GB``, ``24GiB`` or ``4e10``."""
-    match = re.fullmatch(r"(\d+\.?\d*(?:[eE][+-]?\d+)?)\s*(?:([KMGTP])(i?))?[bB]?", text)
-    power = 1 + "KMGTP".index(match[2]) if match and match[2] else 0
-    size = float(match[1]) * (1024 if match[3] else 1000) ** power if match else 0.0
-    if not 0 < size < math.inf:
-        raise ValueError(f"must be a size such as 80GB, 24GiB or 4e10, got {text}")
-    return size
 
 
 def read_json(file: Path, *, max_bytes: int = _MAX_JSON_BYTES) -> dict[str, Any]:

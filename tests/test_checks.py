@@ -11,7 +11,6 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import pytest
 import torch
-from maskgit_pl.text import shorten
 
 from maskgit_pl.checks import (
     as_image_size,
@@ -28,6 +27,7 @@ from maskgit_pl.checks import (
     plain_number,
     plain_size,
 )
+from maskgit_pl.text import shorten
 
 REFUSALS = [
     *((check_integer, ("depth", value, "[1, 8]"), r"^depth must be an integer in \[1, 8\], got .{1,90}$")

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from maskgit_pl.devices import (
     check_device,
     default_device,

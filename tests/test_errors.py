@@ -17,13 +17,13 @@ import pytest
 import torch
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
-from maskgit_pl.text import PrintableFormatter, code_span, markdown, plain_label, printable, python_string
 from matplotlib.figure import Figure
 
 from maskgit_pl import checks
 from maskgit_pl.errors import PreemptedError, describe_error, exit_code_of, is_user_error
 from maskgit_pl.grids import image_grid
 from maskgit_pl.processes import run_jobs
+from maskgit_pl.text import PrintableFormatter, code_span, markdown, plain_label, printable, python_string
 from tests.hostile_words import HOSTILE
 
 

@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from maskgit_pl.text import parse_size
 
 from maskgit_pl.errors import exit_code_of
 from maskgit_pl.files import (
@@ -29,6 +28,7 @@ from maskgit_pl.files import (
     write_text,
 )
 from maskgit_pl.folders import replace_folder, resolve_folder, write_folder
+from maskgit_pl.text import parse_size
 
 
 @pytest.mark.parametrize(

@@ -10,25 +10,27 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "maskgit_pl"
 FLOORS = {  # a file or a folder -> its floor; a folder's files stand on its floor
+    "text": 0,
     "errors": 0,
     "checks": 0,
     "registry": 0,
     "files": 0,
+    "folders": 0,
+    "grids": 0,
     "processes": 0,
     "distributed": 0,
+    "devices": 0,
     "randomness": 0,
     "schedules": 1,
     "networks": 1,
     "masking": 2,
     "decoding": 2,
-    "losses": 2,
+    "pretrained": 3,
     "data": 3,
+    "training": 4,
     "pipeline": 4,
-    "training": 5,
     "tokenizer": 6,
-    "mvtm": 6,
-    "autoregressive": 6,
-    "distillation": 7,  # its student is a model of mvtm
+    "transformer": 5,
     "importers": 7,
     "runs": 8,
     "evaluation": 9,  # it measures what the pipeline generates

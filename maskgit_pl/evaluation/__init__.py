@@ -90,7 +90,7 @@ _HOMES = {
     ),
     "reference": ("read_real_vectors",),
     "schedule_table": ("table_3",),
-    "tokenizer": ("evaluate_tokenizer",),
+    "reconstruction": ("evaluate_tokenizer",),
     "tuning": ("tune",),
 }
 __getattr__ = lazy_names(__name__, {name: module for module, names in _HOMES.items() for name in names})

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, TypeAlias, TypeVar
 
 import torch
-from maskgit_pl.text import shorten
 from torch import Tensor, nn
 
 from maskgit_pl.checks import ImageSize, build_dataclass, check_class_names, check_image_size, check_keys, height_width
@@ -30,6 +29,7 @@ from maskgit_pl.networks.kernels import WeightWatch, free_packed
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
 from maskgit_pl.networks.weights import check_tensor, load_network, read_tensors, tensors_digest
 from maskgit_pl.schedules import MaskSchedule, mask_schedules
+from maskgit_pl.text import shorten
 
 NEGATIVE = "negative"
 """The folder of the transformer from which guidance moves away."""

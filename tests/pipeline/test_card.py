@@ -10,11 +10,11 @@ import pytest
 import torch
 import yaml
 from huggingface_hub import ModelCard
-from maskgit_pl.text import printable
 
 from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.pipeline.card import refresh_card, write_card
 from maskgit_pl.pretrained.networks import fingerprint
+from maskgit_pl.text import printable
 from tests.conftest import save_tiny_pretrained
 from tests.hostile_words import HOSTILE
 from tests.test_errors import structure

@@ -118,7 +118,7 @@ def test_the_quantizer_gets_seed_step_and_micro_batch():
 @pytest.mark.parametrize("loss", ["hinge", "non-saturating"])
 @pytest.mark.parametrize("discriminator", [ADVERSARIAL.discriminator, PATCHES], ids=["stylegan", "patchgan"])
 def test_the_discriminator_has_the_gradients_of_its_three_losses(discriminator, loss):
-    """Those of the generator are compared in ``tests/tokenizer/test_losses.py``."""
+    """Those of the generator are compared in ``tests/transformer/test_losses.py``."""
     config = replace(ADVERSARIAL, discriminator=discriminator, loss=loss, lecam_weight=0.1)
     module, images = tokenizer(adversarial=config), batch_of(range(8)).content / 255
     module.replay_step(batch_of(range(8)), step=0)

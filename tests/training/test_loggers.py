@@ -209,5 +209,5 @@ class Plain:
 @pytest.mark.parametrize("registry", [loggers, callbacks], ids=lambda registry: registry.kind)
 def test_a_part_that_does_not_derive_from_its_base_is_refused_by_name(registry, monkeypatch):
     monkeypatch.setitem(registry._factories, "plain", Plain)
-    with pytest.raises(ValueError, match=r"'plain' must derive from maskgit_pl\.training\.\w+\.\w+Spec, got Plain"):
+    with pytest.raises(ValueError, match=r"'plain' must derive from maskgit_pl\.\w+\.\w+\.\w+Spec, got Plain"):
         registry.build("plain")

@@ -1,0 +1,1 @@
+"""Pretrained networks: their folders, and weights for a network of other sizes."""

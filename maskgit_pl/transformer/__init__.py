@@ -1,0 +1,1 @@
+"""Stage 2: token models, their losses and distillation."""
