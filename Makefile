@@ -65,7 +65,7 @@ $(if $(and $(IMAGES),$(filter $(FETCHED),$(DATASET))),$(error DATASET must be a 
 OF_RUN = --dataset "$(DATASET)" --data "$(DATA)" --recipe "$(strip $(RECIPE) $(BUDGET))" --run "$(RUN)" $(if $(TOKENIZER),--tokenizer "$(TOKENIZER)") $(if $(PRETRAINED),--pretrained "$(PRETRAINED)")
 MACHINES = $(if $(NODES),--nodes $(NODES)) $(if $(DEVICES),--devices $(DEVICES))
 
-.PHONY: doctor help install data train-tokenizer tokenize train-transformer submit-tokenizer submit-transformer sample evaluate compare tune train-classifier ablation paper edit web benchmark benchmarks benchmark-gpu demo demo-short demo-model test test-trainings test-exports test-survival test-benchmarks test-site test-gpu test-lowest test-wheel test-slurm docs test-web lint format clean
+.PHONY: doctor help install data train-tokenizer tokenize train-transformer submit-tokenizer submit-transformer sample evaluate tune train-classifier ablation schedule-table paper edit web benchmark benchmarks benchmark-gpu demo demo-short demo-model test test-trainings test-exports test-survival test-benchmarks test-site test-gpu test-lowest test-wheel test-slurm docs test-web lint format clean
 
 help: ## List the targets and the variables
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
@@ -136,16 +136,13 @@ web: $(VENV)/.installed-web ## Show a page in the browser: generate, edit with a
 evaluate: $(STAMP) ## Evaluate RUN; write evaluation.json and pictures
 	@$(BIN)/maskgit evaluate "runs/$(RUN)" --data "$(DATA)" $(ARGS)
 
-compare: $(STAMP) ## Evaluate every token selector on RUN at several numbers of steps, with the same noise: ARGS="--num-steps 4,8"
-	@$(BIN)/maskgit compare "runs/$(RUN)" --data "$(DATA)" $(ARGS)
-
 tune: $(VENV)/.installed-tune ## Search for better decoding settings of RUN and save them with its weights: ARGS="--trials 40"
 	@$(BIN)/maskgit tune "runs/$(RUN)" --data "$(DATA)" $(ARGS)
 
 train-classifier: $(STAMP) ## Train a classifier on DATA, to evaluate generated images: ARGS="--model resnet18"
 	@$(BIN)/maskgit train-classifier --data "$(DATA)" $(ARGS)
 
-ablation: $(STAMP) ## Compare variants of a recipe: ARGS="--vary KEY=A,B"; without it, every mask schedule of the paper (Table 3, Figure 8)
+ablation: $(STAMP) ## Compare variants of a recipe: ARGS="--vary KEY=A,B"; or of the decoding of a model: ARGS="--of RUN --vary decoding.KEY=A,B"
 	@$(BIN)/maskgit ablation --dataset "$(DATASET)" --data "$(DATA)" --cluster $(CLUSTER) $(ARGS)
 
 # Each command is printed. What torch reads at its import is what `maskgit` sets.
@@ -157,6 +154,11 @@ paper: $(STAMP) ## Make Tables 1 and 2 and Figures 2 and 4 of the paper of RUN i
 	$(BIN)/python -m paper.table_2 "runs/$(RUN)" --data "$(DATA)" $(ARGS)
 	$(BIN)/python -m paper.figure_2 "runs/$(RUN)" $(ARGS)
 	$(BIN)/python -m paper.figure_4 $(ARGS)
+
+schedule-table: $(STAMP) ## Train every mask schedule of the paper, and write Table 3 and Figure 8: ARGS="--seeds 0"
+	@$(BIN)/maskgit ablation --dataset "$(DATASET)" --data "$(DATA)" --cluster $(CLUSTER) --vary model.mask_schedule=exp,cubic,square,linear,sqrt,log \
+		--num-steps 2,3,4,6,8,12,16,24 --model.decoding.guidance constant $(ARGS)
+	@$(BIN)/python -m paper.schedule_table
 
 demo: $(STAMP) ## Run everything: data, both stages, pictures and metrics; for your own images: DATASET=name IMAGES=folder
 	@$(BIN)/maskgit demo $(OF_RUN) --cluster $(CLUSTER) $(if $(IMAGES),--images "$(IMAGES)") $(ARGS)
@@ -189,7 +191,7 @@ test: $(DEV_STAMP) ## Run the tests (quick ones only: ARGS="-m 'not slow'")
 test-trainings: $(DEV_STAMP) ## Run the tests of commands, examples and pages that train
 	$(BIN)/python $(PYTEST) -m trainings $(ARGS)
 
-test-exports: $(DEV_STAMP) ## Run the tests of exports to ONNX, pt2 and diffusers, and of torch.compile
+test-exports: $(DEV_STAMP) ## Run the tests of exports to ONNX and pt2, and of torch.compile
 	$(BIN)/python $(PYTEST) -m exports $(ARGS)
 
 test-survival: $(DEV_STAMP) ## Run the tests of faults, resumed runs and several ranks
@@ -232,7 +234,7 @@ docs: $(DEV_STAMP) ## Build the documentation site in build/site; warnings and b
 	$(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going --jobs auto --conf-dir docs . build/site $(ARGS)
 	@echo "build/site/index.html: $$(find build/site -name '*.html' -not -path '*/_*' | wc -l) pages"
 
-SPELLED = maskgit_pl paper tests docs recipes benchmarks data results constraints .ci Makefile pyproject.toml README.md CONTRIBUTING.md CHANGELOG.md SECURITY.md CODE_OF_CONDUCT.md RELEASING.md .github Dockerfile
+SPELLED = maskgit_pl tests docs recipes benchmarks paper data results constraints .ci Makefile pyproject.toml README.md CONTRIBUTING.md CHANGELOG.md SECURITY.md CODE_OF_CONDUCT.md RELEASING.md .github Dockerfile
 
 CHECK_SCHEMA = $(BIN)/check-jsonschema --quiet --builtin-schema vendor
 

@@ -28,7 +28,7 @@ from maskgit_pl.data.manifest import ShardReader, load_manifest
 from maskgit_pl.data.order import TrainBatchSampler
 from maskgit_pl.data.token_store import StoreDescription, TokenReader, open_store
 from maskgit_pl.data.tokenizing import StoreParts
-from maskgit_pl.grids import to_unit_range
+from maskgit_pl.networks.vqgan import to_unit_range
 
 _SIDE = 256  # pixels of the images that the loader returns
 _SOURCES = {"256 x 256": (256, 256), "500 x 375": (500, 375)}  # width and height as stored

@@ -20,17 +20,12 @@ from torch.optim import AdamW
 from torchvision.models import vgg
 
 from maskgit_pl.data import Batch
-from maskgit_pl.grids import to_unit_range
 from maskgit_pl.networks.classifiers import FrozenNetwork
 from maskgit_pl.networks.discriminators import DiscriminatorConfig
-from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig, VQGANOutput
-from maskgit_pl.tokenizer.losses import (
-    AdversarialConfig,
-    LossInputs,
-    TokenizerConfig,
-    TokenizerLoss,
-)
-from maskgit_pl.tokenizer.module import Tokenizer
+from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig, VQGANOutput, to_unit_range
+from maskgit_pl.tokenizer.adversarial import AdversarialConfig
+from maskgit_pl.tokenizer.losses import LossInputs, TokenizerLoss
+from maskgit_pl.tokenizer.module import Tokenizer, TokenizerConfig
 from maskgit_pl.training.optimizers import LearningRate, OptimizerConfig
 
 # Source: configs/imagenet_vqgan.yaml of CompVis/taming-transformers (0.8: discriminator_weight).
@@ -68,7 +63,7 @@ class Task:
             self.network,
             self.image_size,
             OptimizerConfig(LearningRate(_RATE), _BETAS, weight_decay=0.0),
-            reconstruction_loss="l1",
+            losses=("l1",),
             adversarial=AdversarialConfig(
                 DiscriminatorConfig(self.discriminator),
                 loss="hinge",

@@ -12,8 +12,7 @@ from peers import VQMODEL, list_available
 from stage1_step import Task, build_diffusers
 from torch import Tensor
 
-from maskgit_pl.grids import to_unit_range
-from maskgit_pl.networks.vqgan import VQGAN
+from maskgit_pl.networks.vqgan import VQGAN, to_unit_range
 
 Halves = tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]
 """Functions that encode images (B, 3, H, W) in [0, 1] to tokens, and decode these."""

@@ -14,8 +14,7 @@ if TYPE_CHECKING:
     from maskgit_pl.masking import MaskSampler
     from maskgit_pl.pipeline import MaskGIT
     from maskgit_pl.schedules import mask_schedules
-    from maskgit_pl.tokenizer.losses import TokenizerConfig
-    from maskgit_pl.tokenizer.module import Tokenizer
+    from maskgit_pl.tokenizer.module import Tokenizer, TokenizerConfig
     from maskgit_pl.training.optimizers import LearningRate, OptimizerConfig
     from maskgit_pl.transformer.autoregressive import AutoregressiveConfig, AutoregressiveModel
     from maskgit_pl.transformer.mvtm import MaskedTokenConfig, MaskedTokenModel
@@ -50,7 +49,7 @@ _HOMES = {
     "ParallelDecoder": "decoding",
     "AutoregressiveDecoder": "decoding",
     "Tokenizer": "tokenizer.module",
-    "TokenizerConfig": "tokenizer.losses",
+    "TokenizerConfig": "tokenizer.module",
     "demo": "evaluation.demo_steps",
     "mask_schedules": "schedules",
 }

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 ImageSize: TypeAlias = int | tuple[int, int]
 """The side of square images, or (height, width), in pixels."""
 
+MAY_CHANGE = {"may_change": True}
+"""Metadata of a field of a model's configuration that a resumed run may change; all other fields are fixed."""
+
 T = TypeVar("T")
 
 CHANNELS = {1: "grey", 3: "RGB"}

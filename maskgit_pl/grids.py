@@ -35,11 +35,6 @@ _LINE = 2  # pixels of an outline
 _LAST_FRAME = 2400  # milliseconds
 
 
-def to_unit_range(images: Tensor) -> Tensor:
-    """Converts uint8 pixels in [0, 255] to float32 in [0, 1]."""
-    return images.to(torch.float32) / 255
-
-
 def to_pil(image: Tensor) -> Image.Image:
     """Converts (C, H, W) uint8 with C = 1 or 3 to an image of the mode L or RGB."""
     pixels = rearrange(image.cpu().numpy(), "c h w -> h w c")

@@ -26,7 +26,6 @@ def edit(
     images: Tensor,
     labels: Tensor,
     *,
-    vectors: Tensor | None = None,
     seed: int = 0,
     batch_size: int = 100,
     on_images: Callable[[int], object] = lambda count: None,
@@ -40,7 +39,6 @@ def edit(
         pipe: The model.
         images: (n, C, H, W) uint8, of the model's image size.
         labels: (n,) int64: classes of the images.
-        vectors: (n, C) float: vectors of the images; None for a model without vectors.
         seed: Seed of the first image; image i has ``seed + i``.
         batch_size: Images per batch of inpainting.
         on_images: Called with the number of images that were edited.
@@ -53,11 +51,8 @@ def edit(
         # Outpainting extends an image, so that the right half is cut off first.
         added = int(mask[0].sum())
         for row, label in enumerate(classes):
-            vector = None if vectors is None else vectors[row]
             left = images[row, ..., :-added]
-            edited.append(
-                pipe.outpaint(left, right=added, classes=[label], vectors=vector, seed=seed + row, output_type="pt")
-            )
+            edited.append(pipe.outpaint(left, right=added, classes=[label], seed=seed + row, output_type="pt"))
             on_images(1)
     else:
         visible = hide_pixels(task, pipe.tokenizer, images)
@@ -69,7 +64,6 @@ def edit(
                     list(visible[rows]),
                     mask,
                     classes=classes[rows],
-                    vectors=None if vectors is None else vectors[rows],
                     seed=seed + first,
                     batch_size=batch_size,
                     output_type="pt",

@@ -8,12 +8,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from maskgit_pl.devices import find_device
 from PIL import Image
 
 from maskgit_pl import MaskGIT
 from maskgit_pl.cli import run_script
 from maskgit_pl.cli.flags import ReportFlags, Runs, write_page
+from maskgit_pl.devices import find_device
 from maskgit_pl.evaluation.pages import Page, code_cell, heading, image_to_png, markdown, markdown_table, paragraph
 
 

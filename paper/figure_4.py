@@ -14,7 +14,6 @@ from statistics import median
 from typing import Any
 
 import torch
-from maskgit_pl.devices import describe_environment, find_device
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator
 
@@ -22,6 +21,7 @@ from maskgit_pl import MaskGIT, mask_schedules
 from maskgit_pl.cli import run_script
 from maskgit_pl.cli.flags import ReportFlags, Run, write_page
 from maskgit_pl.decoding import DecodingConfig
+from maskgit_pl.devices import describe_environment, find_device
 from maskgit_pl.evaluation.ledger import FILE_NAME, Ledger, Row
 from maskgit_pl.evaluation.pages import (
     Page,

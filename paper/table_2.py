@@ -19,7 +19,7 @@ from torch import Tensor
 from maskgit_pl import MaskGIT
 from maskgit_pl.cli import run_script
 from maskgit_pl.cli.flags import ReportFlags, Runs, write_page
-from maskgit_pl.evaluation import EvaluatedModel, Evaluator, open_models, read_real_vectors
+from maskgit_pl.evaluation import EvaluatedModel, Evaluator, open_models
 from maskgit_pl.evaluation.ledger import Row
 from maskgit_pl.evaluation.pages import (
     Page,
@@ -104,9 +104,8 @@ def measure_editing(
     def make(version: str) -> tuple[Tensor, Tensor]:
         images, labels = evaluator.read_real_images("val", count)
         if version == "MaskGIT":
-            vectors = read_real_vectors(evaluator.data, model.pipe, num_images=count)
             size, bar = evaluator.batch_size, evaluator.bars(f"{model.run}: {task}", count)
-            edited = edit(task, model.pipe, images, labels, vectors=vectors, seed=seed, batch_size=size, on_images=bar)
+            edited = edit(task, model.pipe, images, labels, seed=seed, batch_size=size, on_images=bar)
             return edited, labels
         return hide_pixels(task, model.pipe.tokenizer, images) if version == "masked" else images, labels
 

@@ -13,7 +13,6 @@ from statistics import median
 from typing import TypeAlias
 
 import torch
-from maskgit_pl.devices import describe_environment, device_name
 
 from maskgit_pl.decoding import (
     ConditionalModel,
@@ -22,6 +21,7 @@ from maskgit_pl.decoding import (
     decode_autoregressive,
     decode_classes,
 )
+from maskgit_pl.devices import describe_environment, device_name
 from maskgit_pl.evaluation import EvaluatedModel, trained_recipe
 from maskgit_pl.evaluation.ledger import Ledger, Row, digest_of, shorten_digest
 from maskgit_pl.networks.backbone import AutoregressiveBackbone, Backbone

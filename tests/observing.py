@@ -62,7 +62,7 @@ class Observer(Callback):
 
     def on_fit_start(self, trainer: Trainer, module: LightningModule) -> None:
         """Wraps the methods that draw masks or mirrored images, and the one that records the losses of stage 1."""
-        name = "_encode" if hasattr(module, "_encode") else "_prepare_images"
+        name = "_encode" if hasattr(module, "_encode") else "prepare_images"
         draw, record = getattr(module, name), None if name == "_encode" else module._log_metrics
 
         def drawing(batch: Batch, **kwargs: Any) -> Any:
@@ -107,10 +107,10 @@ def _run(
     log = file.with_suffix(".log")
     begin({**os.environ, **environment}, log, log)
     from maskgit_pl.cli import main
-    from maskgit_pl.runs.build import StageRun
+    from maskgit_pl.runs import fitting
 
-    build, more = StageRun._build_callbacks, [Observer(file), Injection(faults)]
-    StageRun._build_callbacks = lambda run: [*build(run), *more]  # type: ignore[method-assign]  # replaced in this process only
+    build, more = fitting._build_callbacks, [Observer(file), Injection(faults)]
+    fitting._build_callbacks = lambda *given: [*build(*given), *more]  # replaced in this process only
     if prepare is not None:
         prepare()
     sys.argv = ["maskgit", *words]

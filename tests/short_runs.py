@@ -10,11 +10,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.utils._pytree import keystr, tree_flatten_with_path
 
-from maskgit_pl.data import ShardData, ShardDataConfig
+from maskgit_pl.data import Batch, ShardData, ShardDataConfig
 from maskgit_pl.networks.transformer import TransformerConfig
 from maskgit_pl.networks.vqgan import VQGANConfig
-from maskgit_pl.tokenizer.losses import TokenizerConfig
-from maskgit_pl.tokenizer.module import Tokenizer
+from maskgit_pl.tokenizer.module import Tokenizer, TokenizerConfig
 from maskgit_pl.training.checkpoints import Checkpoints, FolderCheckpointIO
 from maskgit_pl.training.optimizers import LearningRate, OptimizerConfig
 from maskgit_pl.transformer.autoregressive import AutoregressiveConfig, AutoregressiveModel
@@ -55,6 +54,15 @@ def autoregressive_model(
     """Builds a module of the autoregressive baseline; ``options`` are fields of ``AutoregressiveConfig``."""
     optimizer = OptimizerConfig(rate, betas=(0.9, 0.96), weight_decay=0.045)
     return AutoregressiveModel(AutoregressiveConfig(network, optimizer, str(tokenizer), **options))
+
+
+def replay_step(module: Tokenizer, batch: Batch, *, step: int) -> dict[str, Tensor]:
+    """Adds the gradients of a micro-batch of stage 1, the first of a step, without a Trainer; returns its losses."""
+    pending, module._pending = module._pending, type(module._pending)()
+    images = module.prepare_images(batch, flip_probability=0.0)
+    metrics = module.add_gradients(images, step=step, backward=torch.autograd.backward)
+    module._pending = pending
+    return metrics
 
 
 class Recorder(Callback):

@@ -5,16 +5,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch import Trainer
 from PIL import Image
+from torch.utils.data import Dataset
 
 from maskgit_pl import MaskGIT
-from maskgit_pl.data import Batch
+from maskgit_pl.data import Batch, IndexedDataModule, IndexedDataset
 from maskgit_pl.decoding import ConditionalModel, FirstStepLogits
-from maskgit_pl.decoding.predictors import VectorPool, build_class_predictor
+from maskgit_pl.decoding.predictors import build_class_predictor
 from maskgit_pl.evaluation.likelihood import negative_elbo
 from maskgit_pl.networks.adaln import AdaLNConfig, AdaLNTransformer
-from maskgit_pl.pipeline.bulk import BulkOptions, generate_many
+from maskgit_pl.training.optimizers import LearningRate
 from tests.networks.backbone_cases import save_model_of_vectors
+from tests.short_runs import masked_model
 
 DIM, CPU = 4, torch.device("cpu")
 
@@ -28,7 +31,7 @@ def test_a_batch_without_the_vectors_of_the_network_is_refused() -> None:
     index = torch.arange(2)
     batch = Batch(torch.zeros(2, 16), index, index, index, index, index >= 0)
     assert batch.vectors_for(0) is None
-    with pytest.raises(ValueError, match=r"condition_dim of the network must be 0, .* got 4; set data\.vectors: true"):
+    with pytest.raises(ValueError, match=r"condition_dim of the network must be 0, .* got 4; the third item"):
         batch.vectors_for(DIM)
     with pytest.raises(ValueError, match="condition_dim of the network must be 3"):
         batch._replace(vectors=torch.zeros(2, 3)).vectors_for(DIM)
@@ -157,27 +160,28 @@ def test_edits_follow_a_vector(pipe: MaskGIT) -> None:
     assert pipe.panorama([0], 16, vectors=np.ones((1, DIM)))[0].size == (16, 8)
 
 
-def test_a_pool_draws_the_vectors_of_a_class_in_turn() -> None:
-    vectors = torch.arange(10.0).reshape(5, 2)
-    pool = VectorPool(vectors, torch.tensor([0, 1, 0, 1, 0]), first_seed=7)
-    assert pool.draw([0, 0, 0, 0, 1, 1], [7, 8, 9, 10, 7, 8])[:, 0].tolist() == [0, 4, 8, 0, 2, 6]
-    assert pool.draw([2, 2], [7, 11])[:, 0].tolist() == [0, 8]
-    assert VectorPool(vectors).draw([3, 3], [0, 4])[:, 0].tolist() == [0, 8]
-    assert len({VectorPool(vectors, first_seed=seed).digest for seed in (0, 1)} | {pool.digest}) == 3
+class Flat(Dataset):
+    """Grey images of one class that are dark or bright, which only the vector says."""
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int, list[float]]:
+        bright = index % 2
+        return torch.full((8, 8), 40 + 170 * bright, dtype=torch.uint8), 0, [2.0 * bright - 1.0] * DIM
 
 
-def test_images_of_a_pool_are_not_mixed_with_those_of_another(pretrained, tmp_path) -> None:
-    pipe = MaskGIT.from_pretrained(pretrained)
-    vectors = torch.randn(4, DIM, generator=torch.Generator().manual_seed(0))
-    pipe.vector_pool = VectorPool(vectors)
-    generate_many(pipe, tmp_path / "a.npz", BulkOptions(num_images=4, classes=[1], seed=8, batch_size=3))
-    with np.load(tmp_path / "a.npz") as archive:
-        images = archive["arr_0"][..., :1]
-    direct = pipe.generate([1] * 4, vectors=vectors, seed=8, output_type="np")
-    assert np.abs(images.astype(int) - direct).max() <= 1
-    pipe.vector_pool = VectorPool(vectors + 1)
-    with pytest.raises(ValueError, match="holds images of other settings: vectors"):
-        generate_many(pipe, tmp_path / "a.npz", BulkOptions(num_images=4, classes=[1], seed=8))
+def test_a_training_on_a_data_set_learns_what_its_vectors_say(tiny_pretrained: Path) -> None:
+    torch.manual_seed(0)
+    module = masked_model(config(class_dropout=0.1), tiny_pretrained / "tokenizer", rate=LearningRate(3e-3))
+    data = IndexedDataModule(IndexedDataset(Flat(), image_size=8, in_channels=1), global_batch=8)
+    parts = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+    Trainer(max_steps=40, accelerator="cpu", limit_val_batches=0, **dict.fromkeys(parts, False)).fit(module, data)
+    batch = data.train.__getitems__(range(8))
+    tokens = module.tokenizer.encode(batch.content)
+    network, vectors = module.transformer.eval(), batch.vectors
+    right, wrong = (negative_elbo(network, tokens, batch.labels, given).mean() for given in (vectors, -vectors))
+    assert right < wrong - 1
 
 
 def test_likelihoods_use_the_vector_of_each_image(network, batch) -> None:

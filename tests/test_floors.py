@@ -29,7 +29,7 @@ FLOORS = {  # a file or a folder -> its floor; a folder's files stand on its flo
     "data": 3,
     "training": 4,
     "pipeline": 4,
-    "tokenizer": 6,
+    "tokenizer": 5,
     "transformer": 5,
     "importers": 7,
     "runs": 8,

@@ -23,7 +23,7 @@ BACKBONES = {
     "bert-groups": replace(BERT, num_token_groups=2),
     "bert-causal": replace(BERT, attention="causal"),
     "adaln": replace(ADALN, condition_dim=5),
-    "adaln-token": replace(ADALN, conditioning="token", attention_dim=24),
+    "adaln-groups": replace(ADALN, num_token_groups=2, attention_dim=24),
     "adaln-causal": replace(ADALN, attention="causal", num_registers=0),
 }
 OBJECTIVES: dict[str, dict[str, Any]] = {

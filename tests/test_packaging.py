@@ -20,10 +20,7 @@ IMPORTED_AS = {
 }
 # Imported, but declared by a package that is: tensorboard (google.protobuf), gradio (fastapi, uvicorn), optuna.
 OF_DEPENDENCIES = {"fastapi", "google", "pydantic_core", "sqlalchemy", "uvicorn"}
-OF_AN_EXTRA = {
-    "pipeline/diffusers_pipeline": "diffusers",
-    "web/page": "gradio",
-}  # modules that only an extra needs
+OF_AN_EXTRA = {"web/page": "gradio"}  # modules that only an extra needs
 # Extras whose packages the code does not import.
 FOR_DEVELOPMENT = {"benchmarks", "dev", "docs", "test", "test-web"}
 

@@ -17,9 +17,8 @@ from maskgit_pl.networks.backbone import build_config
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
 from maskgit_pl.pretrained.networks import load_tokenizer, load_transformer
 from maskgit_pl.runs.fitting import fit_stage
-from maskgit_pl.runs.layers import merge
 from maskgit_pl.runs.plan import Plan
-from maskgit_pl.runs.recipe import Recipe
+from maskgit_pl.runs.recipe import Recipe, merge
 from maskgit_pl.schedules import mask_schedules
 
 RECIPES = Path(__file__).parents[1] / "recipes"

@@ -14,9 +14,8 @@ import pytest
 from maskgit_pl.evaluation.ablation_page import make_ablation_page
 from maskgit_pl.evaluation.ledger import Ledger, Row
 from maskgit_pl.evaluation.pages import Page
-from maskgit_pl.evaluation.schedule_table import ScheduleResult, make_schedule_page
-from maskgit_pl.runs.ablation import PAPER_SCHEDULES
 from paper.figure_4 import METHODS, make_timing_page
+from paper.schedule_table import SCHEDULES, make_schedule_page, read_results
 from paper.table_1 import OTHER_STEPS, SETTINGS, make_generation_page
 from paper.table_2 import make_editing_page
 
@@ -51,14 +50,6 @@ def page(file: Path) -> Page:
     return replace(made, folder=file.parent)
 
 
-def schedule_result(name: str) -> ScheduleResult:
-    run = f"fashion-mnist-adaln-{name}-seed0"
-    samples = rows("samples", num_images=1000, run=run)
-    curve = {row["num_steps"]: row["fid"] for row in samples if row["seed"] == 0}
-    fresh = {row["network"]: row for row in samples if row["seed"] != 0}
-    return ScheduleResult(name, curve, fresh, *rows("likelihood", run=run))
-
-
 def make_page(name: str) -> Page:
     if name == "table-1":
         costs = of_table_1("cost")
@@ -69,7 +60,8 @@ def make_page(name: str) -> Page:
     if name == "table-2":
         return make_editing_page(rows("editing"))
     if name == "table-3":
-        return make_schedule_page([schedule_result(name) for name in PAPER_SCHEDULES])
+        runs = [f"fashion-mnist-adaln-{name}-seed0" for name in SCHEDULES]
+        return make_schedule_page(read_results(LEDGER, runs, num_images=1000))
     return make_timing_page(sorted(rows("timing"), key=lambda row: (row["num_tokens"], METHODS.index(row["method"]))))
 
 

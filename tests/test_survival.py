@@ -294,11 +294,11 @@ COMMAND = """
 import sys
 from maskgit_pl.cli import main
 from maskgit_pl.errors import DataBudgetError
-from maskgit_pl.runs.build import StageRun
+from maskgit_pl.runs import fitting
 from tests.injection import Fault, Injection
 
-own, faults = StageRun._build_callbacks, (Fault(DataBudgetError("too many unreadable"), 100, rank=1),)
-StageRun._build_callbacks = lambda run: [*own(run), Injection(faults)]
+own, faults = fitting._build_callbacks, (Fault(DataBudgetError("too many unreadable"), 100, rank=1),)
+fitting._build_callbacks = lambda *given: [*own(*given), Injection(faults)]
 sys.exit(main(sys.argv[1:]))
 """
 

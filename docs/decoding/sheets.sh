@@ -14,13 +14,21 @@ mv "$images/00000009.png" "$images/sneaker.png"
 mv "$images/00001377.png" "$images/coast.png"
 mv "$images/00000019.png" "$images/shirt.png"
 mkdir "$images/generated"
-"$(dirname "$maskgit")/python" - "$images" "$run" <<'PYTHON'
+"$(dirname "$maskgit")/python" - "$images" "$run" "$out" <<'PYTHON'
 import sys
+import torch
 from PIL import Image
 from maskgit_pl import MaskGIT
+from maskgit_pl.grids import image_grid
 
-folder, run = sys.argv[1:]
-shirts = MaskGIT.from_pretrained(run).generate(["T-shirt/top"], num_steps=8, seed=10)
+folder, run, out = sys.argv[1:]
+pipe = MaskGIT.from_pretrained(run)
+names = ("confidence", "halton", "margin", "moment", "random", "remdm")
+specs = [name if name in ("halton", "random") else {"name": name, "choice_temperature": 12.0} for name in names]
+rows = [pipe.generate(pipe.class_names, num_steps=8, seed=0, token_selector=spec, output_type="pt") for spec in specs]
+sheet = image_grid(torch.cat(rows), columns=10, row_captions=names, column_captions=pipe.class_names)
+sheet.save(f"{out}/selectors.png")
+shirts = pipe.generate(["T-shirt/top"], num_steps=8, seed=10)
 shirts[0].save(f"{folder}/generated/shirt.png")
 Image.open(f"{folder}/sneaker.png").crop((0, 0, 16, 28)).save(f"{folder}/front.png")
 Image.open(f"{folder}/shirt.png").crop((0, 0, 28, 16)).save(f"{folder}/upper.png")

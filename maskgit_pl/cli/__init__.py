@@ -49,7 +49,6 @@ _COMMANDS = {  # the function of each command, in the order of the help
     "evaluate": "cli.evaluate:evaluate",
     "evaluate-tokenizer": "cli.evaluate:evaluate_tokenizer",
     "inspect": "contrib.inspect:inspect",
-    "compare": "cli.evaluate:compare",
     "tune": "cli.evaluate:tune",
     "ablation": "cli.reports:ablation",
     "train-classifier": "cli.evaluate:train_classifier",

@@ -9,7 +9,7 @@ A command is an ordinary function, which Python can call too::
 
         Example: maskgit panorama runs/fashion-mnist-adaln --width 112
 
-Args:
+        Args:
             folder: Run folder.
             width: Width of each image in pixels.
             ...
@@ -19,10 +19,11 @@ Args:
 2. A dataclass, or ``**settings: Unpack[Settings]`` with a TypedDict, stands for a flag for each of its fields.
 3. The annotation tells how words are read: see ``_read``. ``Annotated[T, Word(...)]`` names another
    placeholder or reader, ``Annotated[Path, Output(".png")]`` a file that the command writes.
-4. A parameter ``overrides`` takes the flags that the command does not have: keys of a recipe.
+4. A parameter ``overrides`` takes the flags that the command does not have: keys of a recipe. A field of this name is
+   no flag: the command sets it.
 
 argparse only splits the command line. What is not given is not passed: a default stands once, in the signature.
-"""
+"""  # noqa: D214  # the Args of the example
 
 from __future__ import annotations
 
@@ -38,7 +39,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Union, Unpack, get_args,
 
 from maskgit_pl.checks import check_choice
 from maskgit_pl.files import check_writable
-from maskgit_pl.runs.layers import parse_spec
+from maskgit_pl.runs.recipe import parse_spec
 from maskgit_pl.text import shorten
 
 _OVERRIDES = "overrides"
@@ -200,6 +201,7 @@ def _groups(function: Callable[..., Any]) -> list[_Group]:
                     field.name, inner[field.name], None if callable(field.default_factory) else field.default, helps
                 )
                 for field in fields(hint)
+                if field.name != _OVERRIDES
             ]
             groups.append(_Group(name, hint, arguments))  # type: ignore[arg-type]  # a dataclass is its constructor
         else:

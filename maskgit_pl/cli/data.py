@@ -32,7 +32,6 @@ def make(
     shard_size: int = 10_000,
     label_field: str = "label",
     lenient: bool = False,
-    no_vectors: bool = False,
     class_names: ClassNames | None = None,
     num_workers: int | None = None,
 ) -> None:
@@ -53,7 +52,6 @@ def make(
         shard_size: Images per shard.
         label_field: Column of the labels in a table.
         lenient: Skip and list images that cannot be read.
-        no_vectors: Ignore .npy files beside the images (default: they are the images' vectors).
         class_names: Class names in order, or a file with one name per line (default: those of the source).
         num_workers: Worker processes (default: one per CPU core, fewer for little data).
     """
@@ -67,7 +65,6 @@ def make(
         val_fraction=val_fraction,
         classes=class_names,
         label_field=label_field,
-        vectors=not no_vectors,
         lenient=lenient,
         workers=num_workers,
     )
@@ -80,7 +77,6 @@ def index(
     label_field: str | None = None,
     no_labels: bool = False,
     lenient: bool = False,
-    no_vectors: bool = False,
     class_names: ClassNames | None = None,
     num_workers: int | None = None,
 ) -> None:
@@ -96,7 +92,6 @@ def index(
         label_field: Read labels from this field of .json (default: from .cls).
         no_labels: Put all images into one class.
         lenient: Skip and count damaged samples.
-        no_vectors: Ignore .npy members (default: they are the images' vectors).
         class_names: Class names in order, or a file with one name per line (default: numbers).
         num_workers: Worker processes (default: one per CPU core, fewer for little data).
     """
@@ -112,7 +107,6 @@ def index(
             splits,
             classes=class_names,
             labels="none" if no_labels else f"json:{label_field}" if label_field else "cls",
-            vectors=not no_vectors,
             lenient=lenient,
             workers=num_workers,
             on_shard=lambda split, total: advance(split, 1, total),

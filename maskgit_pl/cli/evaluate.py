@@ -1,4 +1,4 @@
-"""``maskgit evaluate``, ``evaluate-tokenizer``, ``compare`` and ``tune``: measure models on the val split.
+"""``maskgit evaluate``, ``evaluate-tokenizer`` and ``tune``: measure models on the val split.
 
 ``maskgit train-classifier`` trains a classifier of a data set, whose features measure generated images.
 """
@@ -18,7 +18,6 @@ from maskgit_pl.cli.arguments import Output, Word
 from maskgit_pl.cli.flags import Device, Folder, ImageSize, Numbers, Run, Specs, print_page
 from maskgit_pl.evaluation.options import (
     FEATURES,
-    ComparisonOptions,
     EvaluationOptions,
     Spec,
     TokenizerOptions,
@@ -27,7 +26,7 @@ from maskgit_pl.evaluation.options import (
 )
 from maskgit_pl.pipeline.sharing import local_folder
 from maskgit_pl.processes import progress_bars
-from maskgit_pl.runs.layers import parse_specs
+from maskgit_pl.runs.recipe import parse_specs
 
 
 def _parse_selectors(flag: str, text: str) -> list[Spec] | None:
@@ -43,15 +42,16 @@ def _parse_schedules(flag: str, text: str) -> Sequence[Spec] | None:
 Selectors = Annotated[Sequence[Spec], Word("A,B,...", _parse_selectors)]
 
 
-def evaluate(
-    folder: Run,
-    *,
-    data: Folder | None = None,
-    num_images: int = 1000,
-    features: Specs = FEATURES,
-    out: Annotated[Path, Output(".json")] | None = None,
-    measurement: EvaluationOptions = EvaluationOptions(),
-) -> None:
+@dataclass(frozen=True)
+class EvaluationFlags(EvaluationOptions):
+    """The options of an evaluation as they are typed."""
+
+    data: Folder | None = None
+    features: Specs = FEATURES
+    out: Annotated[Path, Output(".json")] | None = None
+
+
+def evaluate(folder: Run, *, measurement: EvaluationFlags = EvaluationFlags()) -> None:
     """Measures a trained model on the val split.
 
     That is its reconstructions, generated images in the features of several networks, likelihood and speed.
@@ -61,22 +61,15 @@ def evaluate(
 
     Args:
         folder: Run folder (runs/NAME) or pretrained folder.
-        data: Data folder (default: that of the training).
-        num_images: Number of generated images, and of real ones beside them; see --reconstruction-images and
-            --likelihood-images for the other measurements.
-        features: Feature networks: classifier, lite0, inception[=FILE], timm:MODEL=FILE, or mappings.
-        out: Results; pictures, ledger and images are written beside it (default: RUN/evaluation.json).
     """
     # All ranks measure; rank 0 shows the progress and prints the table.
     is_first = os.environ.get("RANK", "0") == "0"
     with progress_bars(shown=is_first) as bars:
-        report = evaluation.evaluate(
-            folder, data=data, num_images=num_images, features=features, out=out, options=measurement, bars=bars
-        )
+        report = evaluation.evaluate(folder, measurement, bars=bars)
     if is_first:
         from maskgit_pl.pipeline.card import refresh_card  # imports torch
 
-        if out is None:
+        if measurement.out is None:
             refresh_card(local_folder(folder))
         rich.print(report.table())
         print(*report.findings(), sep="\n")
@@ -112,65 +105,18 @@ def evaluate_tokenizer(
     print(f"{report.file}: results")
 
 
-def compare(
-    folder: Run,
-    *,
-    data: Folder | None = None,
-    selectors: Selectors | None = None,
-    num_steps: Numbers | None = None,
-    num_images: int = 1000,
-    out: Annotated[Path, Output("")] | None = None,
-    measurement: ComparisonOptions = ComparisonOptions(),
-) -> None:
-    """Measures every token selector on one model.
-
-    All have the same noise, at several numbers of steps. The command writes comparison.md, comparison.csv and
-    a sheet of images. Measurements that the ledger holds are reused.
-
-    Example: maskgit compare runs/fashion-mnist-adaln --selectors confidence,halton --num-steps 4,8
-
-    Args:
-        folder: Run folder (runs/NAME) or pretrained folder.
-        data: Data folder (default: that of the training).
-        selectors: Names, or mappings such as '{name: remdm, eta: 0.4}'; a name uses the model's own choice
-            temperature (default: all).
-        num_steps: Numbers of decoding steps (default: 4,8,16,32, at most the tokens per image).
-        num_images: Images generated for each row.
-        out: Folder of the pages and the ledger (default: RUN/comparison, and the ledger of RUN/evaluation).
-    """
-    with progress_bars() as bars:
-        page = evaluation.compare(
-            folder,
-            data=data,
-            selectors=selectors,
-            num_steps=num_steps,
-            num_images=num_images,
-            out=out,
-            options=measurement,
-            bars=bars,
-        )
-    print_page(page)
-
-
 @dataclass(frozen=True)
 class TuningFlags(TuningOptions):
     """The options of a search as they are typed."""
 
+    data: Folder | None = None
+    out: Annotated[Path, Output("")] | None = None
     num_steps: Numbers | None = None
     selectors: Selectors | None = None
     schedules: Annotated[Sequence[Spec], Word("A,B,...", _parse_schedules)] | None = None
 
 
-def tune(
-    folder: Run,
-    *,
-    data: Folder | None = None,
-    trials: int = 40,
-    metric: str = "fid",
-    num_images: int = 500,
-    out: Annotated[Path, Output("")] | None = None,
-    search: TuningFlags = TuningFlags(),
-) -> None:
+def tune(folder: Run, *, search: TuningFlags = TuningFlags()) -> None:
     """Searches for better decoding settings of a model.
 
     The search tries token selectors, temperatures, truncation, guidance, mask schedules and numbers of steps T on the
@@ -182,17 +128,9 @@ def tune(
 
     Args:
         folder: Run folder (runs/NAME) or pretrained folder.
-        data: Data folder (default: that of the training).
-        trials: Number of trials, with those of earlier calls.
-        metric: fid, kid or another metric of `maskgit plugins metrics`, in the features of the data's own
-            classifier, or class_agreement with it.
-        num_images: Images generated for each trial.
-        out: Folder of the study, the page and the ledger (default: RUN/tuning, and the ledger of RUN/evaluation).
     """
     with progress_bars() as bars:
-        result = evaluation.tune(
-            folder, data=data, trials=trials, metric=metric, num_images=num_images, out=out, options=search, bars=bars
-        )
+        result = evaluation.tune(folder, search, bars=bars)
     assert result.page is not None
     print_page(result.page)
     if result.decoding_file is None:  # without a better trial, the files of the model stay as they are

@@ -26,27 +26,25 @@ _GRAPHS = "maskgit_pl.contrib.graph_export"  # has ``export_graphs``
 def export(
     folder: Run,
     *,
-    format_: Literal["pretrained", "onnx", "pt2", "diffusers"] = "pretrained",
+    format_: Literal["pretrained", "onnx", "pt2"] = "pretrained",
     stage: Stage | None = None,
     step: int | None = None,
     data: Folder | None = None,
     out: Folder | None = None,
     replace: bool = False,
 ) -> None:
-    """Writes the EMA weights of a checkpoint as a pretrained folder, or a model for ONNX, PyTorch or diffusers.
+    """Writes the EMA weights of a checkpoint as a pretrained folder, or a model for ONNX or PyTorch.
 
     A pretrained folder has safetensors and JSON, as training writes it at its end. Checkpoints of any number of ranks
     are read, on one CPU. With --format onnx or pt2, a pretrained model becomes files that other programs run without
     this package: decoder and encoder of the tokenizer, the logits of the transformer, and export.json. Each file is
-    loaded and compared with this package before the folder appears. With --format diffusers, it becomes a folder that
-    DiffusionPipeline loads and that uses this package; its images are compared in the same way.
+    loaded and compared with this package before the folder appears.
 
     Example: maskgit export fashion-mnist-demo --format onnx --out exported
 
     Args:
         folder: Run folder (runs/NAME); with a --format also a pretrained folder, a model of the package or OWNER/NAME.
-        format_: pretrained: safetensors and JSON; onnx: ONNX Runtime and others; pt2: torch.export.load;
-            diffusers: DiffusionPipeline of Hugging Face.
+        format_: pretrained: safetensors and JSON; onnx: ONNX Runtime and others; pt2: torch.export.load.
         stage: Export only this stage (default: every stage that has a checkpoint).
         step: Step of the checkpoint (default: the newest).
         data: Data folder, if it has moved since the training.
@@ -64,17 +62,6 @@ def export(
             )
     if out is None:
         raise ValueError(f"--out must name the folder to write with --format {format_}, such as --out exported")
-    if format_ == "diffusers":
-        try:
-            from maskgit_pl.pipeline.diffusers_pipeline import export_diffusers
-        except ImportError as error:
-            raise ValueError(
-                f"--format diffusers must have the package diffusers, which cannot be imported ({error}); install it "
-                "with `pip install 'maskgit_pl[diffusers]'`"
-            ) from error
-        export_diffusers(folder, out, replace=replace)
-        print(f"{out}: load it with DiffusionPipeline.from_pretrained({str(out)!r}, trust_remote_code=True)")
-        return
     content = import_module(_GRAPHS).export_graphs(folder, out, kind=format_, replace=replace)
     print(f"{out}: export.json and {len(content['graphs'])} graphs")
 
@@ -177,7 +164,7 @@ def import_transformer(
     out: Folder,
     num_heads: int | None = None,
 ) -> None:
-    """Converts a transformer of Halton-MaskGIT or MaskGIL.
+    """Converts a transformer of Halton-MaskGIT.
 
     A pretrained folder with it and its tokenizer is written, and what was read is printed. Nothing in the
     checkpoint is executed.

@@ -15,9 +15,8 @@ from maskgit_pl import pipeline
 from maskgit_pl.cli.arguments import Output, Word, flag_of
 from maskgit_pl.evaluation.options import FEATURES, Dtype, ReportOptions
 from maskgit_pl.processes import named_bars
-from maskgit_pl.runs.layers import parse_specs
 from maskgit_pl.runs.plan import Folders
-from maskgit_pl.runs.recipe import DEFAULT_DATASET, Recipe, Stage
+from maskgit_pl.runs.recipe import DEFAULT_DATASET, Recipe, Stage, parse_specs
 from maskgit_pl.text import count_text, printable
 
 if TYPE_CHECKING:

@@ -16,8 +16,7 @@ from maskgit_pl.files import read_json, read_text, write_atomically
 from maskgit_pl.pipeline.sharing import bundled_models
 from maskgit_pl.registry import describe, nearest
 from maskgit_pl.runs import recipe
-from maskgit_pl.runs.layers import Kind
-from maskgit_pl.runs.recipe import STAGES, Stage
+from maskgit_pl.runs.recipe import STAGES, Kind, Stage
 from maskgit_pl.schedules import mask_schedules
 from maskgit_pl.text import count_text, printable
 
@@ -147,7 +146,7 @@ def recipes_schema(kind: Kind) -> None:
     Args:
         kind: Kind of recipe; autoregressive is for causal attention.
     """
-    from maskgit_pl.runs.settings import json_schema
+    from maskgit_pl.runs.resolve import json_schema
 
     print_json(json_schema(kind))
 

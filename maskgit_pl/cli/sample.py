@@ -39,7 +39,6 @@ def sample(
     negative_class: str | None = None,
     accept_rate: float | None = None,
     classifier: Folder | None = None,
-    vectors: Annotated[Path, Word("FILE.npy")] | None = None,
     out: Annotated[Path, Output(".png", ".npz")] = Path("samples.png"),
     pictures: Pictures = Pictures(),
     model: ModelFlags = ModelFlags(),
@@ -65,13 +64,10 @@ def sample(
         accept_rate: With --num-images: generate 1 / X times as many images, and keep the fraction X of each class to
             which a classifier gives the highest probability of that class.
         classifier: Classifier of --accept-rate, such as runs/DATA-classifier/small.
-        vectors: Array with one vector per row, for a model that was trained with vectors: makes one image of each class
-            for each row, or takes the rows in turn with --num-images.
         out: Picture of all images; FILE.npz with --num-images.
     """
     for name, value in {"per_class": per_class, **vars(pictures)}.items():
         check_one_of(num_images=num_images, **{name: value})
-    check_one_of(vectors=vectors, accept_rate=accept_rate)  # the best candidates may all have the same vector
     if (accept_rate is None) != (classifier is None) or (num_images is None and accept_rate is not None):
         raise ValueError("--accept-rate, --classifier and --num-images must be given together, got not all of them")
     suffix, condition = (".png", "without") if num_images is None else (".npz", "with")
@@ -82,12 +78,10 @@ def sample(
     pipe = model.open(folder, local_rank=None if num_images is None else local_rank())
     labels = pipe.classes.parse_list(classes, max_shown=_MAX_CLASSES if num_images is None else len(pipe.class_names))
     negative = None if negative_class is None else pipe.classes.parse(negative_class)
-    decoding, count = pipe.decoding_with(**decoding_settings), _PER_CLASS
-    if vectors is not None:
-        count = _give_vectors(pipe, vectors, first_seed=seed)
+    decoding = pipe.decoding_with(**decoding_settings)
     if num_images is None:
         options = {"batch_size": batch_size, "negative_class": negative, "decoding": decoding}
-        _generate(pipe, labels, per_class or count, seed, pictures, out, **options)
+        _generate(pipe, labels, per_class or _PER_CLASS, seed, pictures, out, **options)
         return
     from maskgit_pl.evaluation.acceptance import Acceptance
     from maskgit_pl.pipeline.bulk import BulkOptions
@@ -130,20 +124,6 @@ def web(
     from maskgit_pl.web.server import serve
 
     serve(folder, port=port, device=device)
-
-
-def _give_vectors(pipe: MaskGIT, file: Path, *, first_seed: int) -> int:
-    """Lets the image of ``first_seed`` take the first vector of a file, and so on; returns the number of vectors."""
-    import torch
-
-    from maskgit_pl.data.vectors import open_array
-    from maskgit_pl.decoding.predictors import VectorPool
-
-    array = open_array(file)
-    if array.dtype.kind != "f":
-        raise ValueError(f"--vectors {file} must hold floats, one vector a row, got {array.dtype}")
-    pipe.vector_pool = VectorPool(torch.from_numpy(array.astype("float32")), first_seed=first_seed)
-    return len(array)
 
 
 def _generate(

@@ -12,12 +12,11 @@ from typing import Annotated
 from maskgit_pl import evaluation, runs
 from maskgit_pl.cli.arguments import Word
 from maskgit_pl.cli.flags import Folder, NewRunFlags, Run, RunFlags, print_json
-from maskgit_pl.data.tokenize_options import TokenizeOptions
+from maskgit_pl.data.token_store import TokenizeOptions
 from maskgit_pl.errors import BAD_INPUT
 from maskgit_pl.processes import catch_stop_signals, progress_bars
-from maskgit_pl.runs.layers import merge
-from maskgit_pl.runs.plan import Folders, Machines, plan_run
-from maskgit_pl.runs.recipe import Recipe, Stage
+from maskgit_pl.runs.plan import Folders, Machines, merge_values, plan_run, read_inputs, values_without_data
+from maskgit_pl.runs.recipe import Recipe, Stage, config_text, merge
 from maskgit_pl.runs.slurm import JobOptions, check_submission, plan_submission
 
 log = logging.getLogger(__name__)
@@ -51,14 +50,15 @@ def train(
 
 def _print_config(recipe: Recipe, folders: Folders) -> None:
     """Prints the complete recipe; without data or tokenizer, with the sizes of the paper."""
-    from maskgit_pl.runs import resolve, settings
+    from maskgit_pl.runs.resolve import resolve
 
     try:
-        values = resolve.merge_values(plan_run(recipe, **folders))
+        plan = plan_run(recipe, **folders)
+        values = merge_values(plan, read_inputs(plan))
     except FileNotFoundError as error:
         print(f"# Paths are empty, and sizes that data and tokenizer give are those of the paper: {error}")
-        values = merge([resolve.values_without_data(recipe.stage), recipe.tree])
-    print(resolve.config_text(settings.resolve(recipe.kind, values)), end="")
+        values = merge([values_without_data(recipe.stage), recipe.tree])
+    print(config_text(resolve(recipe.kind, values).tree), end="")
 
 
 def distill(

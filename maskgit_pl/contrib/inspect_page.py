@@ -36,8 +36,8 @@ from maskgit_pl.files import open_regular, write_text
 from maskgit_pl.grids import image_grid, reconstruction_grid
 from maskgit_pl.pipeline.display import select_steps
 from maskgit_pl.pretrained.networks import PretrainedTokenizer, load_tokenizer
-from maskgit_pl.runs.fitting import export
-from maskgit_pl.runs.layers import value_at
+from maskgit_pl.runs.exporting import export
+from maskgit_pl.runs.recipe import value_at
 from maskgit_pl.text import plain_label, printable
 from maskgit_pl.training.health import Problem, find_problems, grace_steps
 

@@ -8,11 +8,11 @@ from maskgit_pl.registry import lazy_names
 
 if TYPE_CHECKING:
     from maskgit_pl.data.batches import Batch, flip
-    from maskgit_pl.data.indexed import IndexedDataModule, IndexedDataset
+    from maskgit_pl.data.dataset import IndexedDataModule, IndexedDataset
     from maskgit_pl.data.module import ShardData, ShardDataConfig
     from maskgit_pl.data.order import InOrder, ShuffledStream, split_batch
     from maskgit_pl.data.stream import StreamConfig
-    from maskgit_pl.data.tokenize_options import TokenizingConfig
+    from maskgit_pl.data.token_store import TokenizingConfig
     from maskgit_pl.data.tokenizing import describe_store, tokenize
 
 __all__ = [
@@ -32,11 +32,11 @@ __all__ = [
 ]
 _HOMES = {
     "batches": ("Batch", "flip"),
-    "indexed": ("IndexedDataModule", "IndexedDataset"),
+    "dataset": ("IndexedDataModule", "IndexedDataset"),
     "module": ("ShardData", "ShardDataConfig"),
     "order": ("InOrder", "ShuffledStream", "split_batch"),
     "stream": ("StreamConfig",),
-    "tokenize_options": ("TokenizingConfig",),
+    "token_store": ("TokenizingConfig",),
     "tokenizing": ("describe_store", "tokenize"),
 }
 

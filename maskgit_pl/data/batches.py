@@ -30,7 +30,7 @@ class Batch(NamedTuple):
         valid: (B,) bool; False for a row that only fills up the last validation batch.
         replacement: (B,) int64, number of the sample that is shown, with its label, in place of an unreadable
             one; -1 if the sample itself is shown.
-        vectors: (B, C) float32, vector of each sample shown; None if the data module reads no vectors.
+        vectors: (B, C) float32, vector of each sample shown; None if the samples have none.
         draws: The random draws of a training step for these samples; None before the module has made them.
     """
 
@@ -66,7 +66,7 @@ class Batch(NamedTuple):
         if condition_dim not in (0, dim):
             raise ValueError(
                 f"condition_dim of the network must be {dim}, the size of the vectors of the data, got "
-                f"{condition_dim}; set data.vectors: true, or give the data a vector for each image"
+                f"{condition_dim}; the third item of a sample of ``IndexedDataset`` is its vector"
             )
         return self.vectors if condition_dim else None
 

@@ -33,6 +33,8 @@ PIL_ERRORS = (OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError,
 """The errors that Pillow raises on damaged or hostile files."""
 
 JPEG_MAGIC = b"\xff\xd8\xff"
+# Pillow and libjpeg do not limit these. 0.2 MB hold 880 scans of 64 million pixels, which take 9 s; Pillow takes more
+# than 90 s for 4,000 EXIF segments of 65 kB, and 7.8 GB for 240 MB of empty segments.
 _MAX_SCANS = 100  # of a JPEG; a progressive one has about 10, and each takes time for all pixels
 _MAX_SEGMENTS = 100  # of a JPEG before its pixels, on which they depend; about 10 are usual
 _MAX_MARKERS = 20_000  # of a JPEG, including the markers between its scans
@@ -45,9 +47,8 @@ _PIXEL_SEGMENTS = _FRAMES | {0xC4, 0xCC, 0xDB, 0xDD, 0xE0, 0xEE, _SCAN}
 _EXIF = b"Exif\0\0"  # beginning of the APP1 segment that may hold an orientation
 
 _PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
-_MAX_CHUNKS = 100_000  # of a PNG; a file of the largest size has 32,768 of 8 kB
-_MAX_RATIO = 1032  # of deflate: a block of 258 equal bytes takes 2 bits
-_SAMPLES = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # per pixel, by colour: grey, RGB, palette, grey and RGB with alpha
+# Of a PNG; a file of the largest size has 32,768 of 8 kB. Pillow takes 45 s and 2.3 GB for 240 MB of empty chunks.
+_MAX_CHUNKS = 100_000
 _END = b"\0\0\0\0IEND\xaeB`\x82"
 
 # Pillow warns of odd metadata, which does no harm.
@@ -223,10 +224,7 @@ def _jpeg_markers(data: bytes) -> Iterator[_Part]:
 
 
 def _read_png(data: bytes, name: str, *, header_only: bool) -> bytes:
-    """Returns a PNG without other chunks than those on which pixels and orientation depend.
-
-    The compressed bytes must be enough for all pixels, before Pillow takes memory for them.
-    """
+    """Returns a PNG without other chunks than those on which pixels and orientation depend."""
     chunks = list(islice(_png_chunks(data), _MAX_CHUNKS + 1))
     if len(chunks) > _MAX_CHUNKS:
         text = f"image {name} must have at most {_MAX_CHUNKS} PNG chunks, got more"
@@ -250,10 +248,6 @@ def _read_png(data: bytes, name: str, *, header_only: bool) -> bytes:
     used = [*kept.values(), *([] if header_only else pixels)]
     for chunk in used:  # Pillow does not notice all damage
         _check_chunk(chunk, data, name)
-    compressed = sum(chunk.end - chunk.start for chunk in pixels)
-    if not header_only and width * height * depth * _SAMPLES.get(colour, 1) // 8 > _MAX_RATIO * compressed:
-        size = f"{width} x {height}"
-        raise UnreadableImageError(f"image {name} is truncated: {compressed} bytes cannot hold {size} pixels")
     return b"".join([_PNG_MAGIC, *(data[chunk.start - 8 : chunk.end + 4] for chunk in used), _END])
 
 

@@ -4,8 +4,7 @@ Used by ``maskgit data index`` for existing shards (such as those of open_clip a
 ``writer``. Faults that would silently lose samples are rejected in one list, with the ways out, or left out
 and counted with ``lenient``.
 
-Shards are named by a folder, a glob or braces such as ``train-{00000..01023}.tar``. A few characters can stand for any
-number of names and ``braceexpand`` keeps each range in memory, so the number is bounded before the expansion.
+Shards are named by a folder, a glob or braces such as ``train-{00000..01023}.tar``, which webdataset expands.
 """
 
 from __future__ import annotations
@@ -20,22 +19,19 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from braceexpand import braceexpand
+from webdataset.shardlists import expand_urls
 
 from maskgit_pl.data.manifest import Manifest, Shard, Split, index_sha256, save_manifest, union
 from maskgit_pl.data.samples import Labels, split_of
 from maskgit_pl.data.scan import ShardScan, scan_shard
-from maskgit_pl.data.vectors import VectorKind, copy_vectors, vectors_path
-from maskgit_pl.files import remove_partials, sha256_of, write_atomically
+from maskgit_pl.files import remove_partials
 from maskgit_pl.folders import hold_lock
 from maskgit_pl.processes import choose_workers, run_jobs
 from maskgit_pl.text import shorten
 
-_MAX_NAMES = 1_000_000  # of a pattern
-_MAX_CHARACTERS = 2**28  # of all names together; no name is longer than its pattern
+_MAX_CHARACTERS = 2**26  # of all names of a pattern, such as a million of 67; no name is longer than its pattern
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(-?\d+|[A-Za-z])\.\.(-?\d+|[A-Za-z])(?:\.\.-?\d+)?")
-
 _UNLABELLED = "image"  # name of the only class of data without labels
 _SCANNED_BYTES = 2**28  # one process reads this much in about 10 seconds
 
@@ -138,24 +134,17 @@ def _find_named(folder: Path, shards: Sequence[Path], split: str) -> list[Path]:
 
 
 def expand_braces(pattern: str, *, name: str) -> list[str]:
-    """Expands the braces of a pattern.
+    """Expands the braces of a pattern as webdataset does, in the order of a shell; ``name`` is for error messages.
 
-    Args:
-        pattern: Braces of a shell: ``{000..012}``, ``{0..10..2}``, ``{a..c}``, ``{train,val}``; not nested.
-        name: Name of the pattern in error messages.
-
-    Returns:
-        The names, in the order of a shell; the pattern itself if it has no braces.
-
-    Raises:
-        ValueError: if the braces do not close or are nested, or the pattern has more than 1,000,000 names.
+    A pattern may be a stranger's, so the names are counted first: ``{0..999999999}`` would fill the memory.
     """
     if re.search(r"[{}]", _BRACES.sub("", pattern)):
         raise ValueError(f"{name} must have braces that close and are not nested, got {shorten(pattern)}")
-    count = math.prod(map(_count_choices, _BRACES.findall(pattern)))
-    if count > min(_MAX_NAMES, _MAX_CHARACTERS // max(1, len(pattern))):
-        raise ValueError(f"{name} must name at most {_MAX_NAMES} shards, got {shorten(count)} in {shorten(pattern)}")
-    return list(braceexpand(pattern))
+    most, count = _MAX_CHARACTERS // max(1, len(pattern)), math.prod(map(_count_choices, _BRACES.findall(pattern)))
+    if count > most:
+        raise ValueError(f"{name} must name at most {most:,} shards, got {shorten(count)} in {shorten(pattern)}")
+    names: list[str] = expand_urls(pattern)
+    return names
 
 
 def _count_choices(braces: str) -> int:
@@ -172,7 +161,6 @@ def index_shards(
     *,
     classes: Sequence[str] | None = None,
     labels: str = "cls",
-    vectors: bool = True,
     lenient: bool = False,
     workers: int | None = 1,
     on_shard: Callable[[Split, int], object] = lambda split, total: None,
@@ -181,8 +169,7 @@ def index_shards(
 
     1. Scan each shard, in parallel.
     2. Reject all faults in one error, unless ``lenient``.
-    3. Copy the vectors of each split into one array, if the samples have vectors.
-    4. Write the manifests.
+    3. Write the manifests.
 
     The folder is locked. Half-written files of a killed run are removed first.
 
@@ -191,8 +178,6 @@ def index_shards(
         shards: The tars of each split, in the order in which samples are numbered.
         classes: Class names; None names the classes by their numbers, up to the largest label.
         labels: Source of the labels: ``"cls"``, ``"json:FIELD"`` or ``"none"``; see ``samples.Labels``.
-        vectors: True to read ``.npy`` members as vectors, which either all samples or none must have; False
-            ignores them.
         lenient: True leaves out samples with a fault; False rejects them.
         workers: Number of processes; the result does not depend on it. None: one per core, fewer for little data.
         on_shard: Called with the split of each finished shard and the split's number of shards (for a progress bar).
@@ -204,14 +189,12 @@ def index_shards(
     folder = Path(folder)
     if labels == "none":
         classes = classes or (_UNLABELLED,)
-    task = _ScanTask(folder, Labels(labels, None if classes is None else tuple(classes)), lenient, vectors)
+    task = _ScanTask(folder, Labels(labels, None if classes is None else tuple(classes)), lenient)
     names = {split: [path.relative_to(folder).as_posix() for path in paths] for split, paths in shards.items()}
     with hold_lock(folder, hint="index another folder"):
         remove_partials(folder)
         scans = _scan_all(task, names, workers=workers, on_shard=on_shard)  # 1.
-        # The first shard with vectors decides their kind.
-        kind = next((scan.vector_kind for scan in scans.values() if scan.vector_kind is not None), None)
-        _raise_faults(task, scans, kind)  # 2.
+        _raise_faults(task, scans)  # 2.
         if classes is None:
             largest = max((int(scan.rows["label"].max()) for scan in scans.values() if len(scan.rows)), default=0)
             classes = [str(label) for label in range(largest + 1)]
@@ -221,9 +204,8 @@ def index_shards(
                 raise ValueError(
                     f"data {folder}, split {split}: {len(of_split)} shards must hold at least 1 complete sample, got 0"
                 )
-        return {  # 3., 4.
-            split: _save_split(task, split, of_split, classes=tuple(classes), kind=kind)
-            for split, of_split in of_splits.items()
+        return {  # 3.
+            split: _save_split(task, split, of_split, classes=tuple(classes)) for split, of_split in of_splits.items()
         }
 
 
@@ -233,7 +215,6 @@ class _ScanTask(NamedTuple):
     folder: Path
     labels: Labels
     lenient: bool
-    vectors: bool
 
 
 def _scan_all(
@@ -254,15 +235,15 @@ def _scan_all(
 
 
 def _scan(task: _ScanTask, name: str) -> ShardScan:
-    return scan_shard(task.folder / name, task.labels, vectors=task.vectors)
+    return scan_shard(task.folder / name, task.labels)
 
 
-def _raise_faults(task: _ScanTask, scans: Mapping[str, ShardScan], kind: VectorKind | None) -> None:
+def _raise_faults(task: _ScanTask, scans: Mapping[str, ShardScan]) -> None:
     """Raises one error that lists all faults of all shards, if there are any.
 
     If ``lenient``, samples with a fault are left out, so that only damaged shards are faults.
     """
-    of_shards = {name: "; ".join(_faults_of(scan, lenient=task.lenient, kind=kind)) for name, scan in scans.items()}
+    of_shards = {name: "; ".join(_faults_of(scan, lenient=task.lenient)) for name, scan in scans.items()}
     listed = [f"{name}: {faults}" for name, faults in of_shards.items() if faults]
     if not listed:
         return
@@ -270,40 +251,24 @@ def _raise_faults(task: _ScanTask, scans: Mapping[str, ShardScan], kind: VectorK
     raise ValueError(
         f"data {task.folder}: {len(listed)} of {len(scans)} shards are rejected:\n  {lines}\n"
         "restore damaged tars; --lenient leaves out samples with a fault and counts them; --label-field NAME reads "
-        "labels from .json, --no-labels trains without labels; --no-vectors ignores .npy members"
+        "labels from .json, --no-labels trains without labels"
     )
 
 
-def _faults_of(scan: ShardScan, *, lenient: bool, kind: VectorKind | None) -> Iterator[str]:
+def _faults_of(scan: ShardScan, *, lenient: bool) -> Iterator[str]:
     if scan.damage:
         yield scan.damage
     elif not lenient:
         yield from (f"{entry.samples} {fault} (first {entry.first})" for fault, entry in scan.faults.items())
     if not (scan.damage or len(scan.rows) or scan.faults):
         yield "no image samples"
-    if len(scan.rows) and scan.vector_kind != kind:
-        yield f"vectors must have {kind}, as those of the first shard, got {scan.vector_kind or 'no vectors'}"
 
 
-def _save_split(
-    task: _ScanTask,
-    split: Split,
-    scans: Mapping[str, ShardScan],
-    *,
-    classes: tuple[str, ...],
-    kind: VectorKind | None,
-) -> Manifest:
-    """Writes the vectors of a split, in the order of its samples, its index and its manifest, which is returned."""
+def _save_split(task: _ScanTask, split: Split, scans: Mapping[str, ShardScan], *, classes: tuple[str, ...]) -> Manifest:
+    """Writes the index of a split and its manifest, which is returned."""
     rows = np.concatenate([scan.rows for scan in scans.values()])
     # A scan of one tar has shard number 0 in every row.
     rows["shard"] = np.repeat(np.arange(len(scans)), [len(scan.rows) for scan in scans.values()])
-    vectors_sha256 = ""
-    if kind is not None:
-        offsets = {task.folder / name: scan.vectors for name, scan in scans.items()}
-        path = vectors_path(task.folder, split)
-        with write_atomically(path) as file:
-            copy_vectors(file, offsets, kind)
-        vectors_sha256 = sha256_of(path)
     left_out: Counter[str] = Counter()
     for scan in scans.values():
         left_out.update({fault: entry.samples for fault, entry in scan.faults.items()})
@@ -315,8 +280,6 @@ def _save_split(
         images=union([scan.images for scan in scans.values() if scan.images is not None]),
         index_sha256=index_sha256(rows),
         left_out=dict(sorted(left_out.items())),
-        vectors=kind,
-        vectors_sha256=vectors_sha256,
     )
     save_manifest(manifest, rows)
     return manifest

@@ -31,7 +31,7 @@ from maskgit_pl.data.augmentations import CENTER, Augment, Augmentations
 from maskgit_pl.data.batches import Batch
 from maskgit_pl.data.image_bytes import UnreadableImageError
 from maskgit_pl.data.images import decode_image
-from maskgit_pl.data.manifest import ShardReader, VectorReader
+from maskgit_pl.data.manifest import ShardReader
 from maskgit_pl.data.order import Order, Rows, TrainBatchSampler, eval_batches
 from maskgit_pl.data.token_store import TokenReader
 from maskgit_pl.errors import INTERNAL_ERROR, DataBudgetError, DataWorkerError, RunError, exit_code_of
@@ -56,14 +56,13 @@ class ImageBatches(Dataset[Batch]):
     in_channels: int  # 1 or 3
     augmentations: Augmentations = CENTER
     seed: int = 0  # of the augmentations, in [0, 2**32)
-    vectors: VectorReader | None = None  # of the samples; None reads no vectors
 
     def __getitems__(self, positions: range) -> Batch:
         """Returns the batch at some positions; content is (B, in_channels, H, W) uint8, channels-last.
 
         1. Map the positions to samples.
         2. Decode each sample into its row, or the next readable sample.
-        3. Take the labels, and the vectors, of the samples shown.
+        3. Take the labels of the samples shown.
         """
         rows = self.order(positions)  # 1.
         shape, count = (len(positions), *height_width(self.image_size), self.in_channels), len(self.reader)
@@ -78,7 +77,7 @@ class ImageBatches(Dataset[Batch]):
         rows_read = (rows.index + num_skipped) % count
         replacement = rows_read.masked_fill(num_skipped == 0, -1)
         labels = torch.from_numpy(self.reader.labels(rows_read.numpy()))  # 3.
-        return Batch(content, labels, *rows, replacement, _read_vectors(self.vectors, rows_read))
+        return Batch(content, labels, *rows, replacement)
 
     def explain(self, index: int) -> str:
         """Reads an unreadable image again, by its number in the split. Returns ``SHARD:MEMBER: REASON: ERROR``."""
@@ -122,7 +121,6 @@ class TokenBatches(Dataset[Batch]):
     order: Order  # from positions to samples
     _: KW_ONLY
     seed: int = 0  # of the view of a sample in an epoch, if the store has several views
-    vectors: VectorReader | None = None  # of the samples; None reads no vectors
 
     def __getitems__(self, positions: range) -> Batch:
         """Returns the batch at some positions; content is (B, N) int64."""
@@ -130,8 +128,7 @@ class TokenBatches(Dataset[Batch]):
         index = rows.index.numpy()
         tokens, labels = self.reader.read(index, self._views(rows))
         replacement = torch.from_numpy(self.reader.replacements(index))
-        vectors = _read_vectors(self.vectors, torch.where(replacement < 0, rows.index, replacement))
-        return Batch(torch.from_numpy(tokens), torch.from_numpy(labels), *rows, replacement, vectors)
+        return Batch(torch.from_numpy(tokens), torch.from_numpy(labels), *rows, replacement)
 
     def _views(self, rows: Rows) -> npt.NDArray[np.int64] | int:
         """Returns the view of each row, (B,) int64, a function of (seed, index, epoch); 0 if there is only one view."""
@@ -139,10 +136,6 @@ class TokenBatches(Dataset[Batch]):
             return 0
         words = random_bits("view", seed=self.seed, index=rows.index, epoch=rows.epoch)[:, 0]
         return (words % self.reader.views).numpy()
-
-
-def _read_vectors(reader: VectorReader | None, index: Tensor) -> Tensor | None:
-    return None if reader is None else torch.from_numpy(reader.read(index.numpy()))
 
 
 class UnreadableImages:

@@ -4,9 +4,8 @@ A data folder contains ordinary WebDataset tars and, for each split, two files::
 
     train-000000.tar ...    samples: KEY.png|.jpg|.jpeg|.webp and KEY.cls (a decimal class number)
     train.json              format, shards (name, bytes, samples, sha256), class names, range of image sizes;
-                            if there are any: counts of samples left out; size, type and sha256 of the vectors
+                            counts of samples left out, if there are any
     train.npy               one row per sample, see INDEX_DTYPE; memory-mapped
-    train-vectors.npy       one vector per sample, if the samples have KEY.npy; memory-mapped, see ``vectors``
 
 ``ShardReader`` needs one ``pread`` per image, without walking a tar. It may be forked or pickled into
 workers: it shares no file position, and each process opens its own files.
@@ -20,7 +19,7 @@ import hashlib
 import json
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -30,10 +29,10 @@ import numpy as np
 import numpy.typing as npt
 
 from maskgit_pl.checks import ImageSize, build_dataclass, height_width, pixels_text, plain_size
+from maskgit_pl.data.arrays import check_unchanged, map_array
 from maskgit_pl.data.tar import BLOCK, member_label, parse_header
-from maskgit_pl.data.vectors import VectorKind, check_unchanged, map_array, vectors_path
 from maskgit_pl.errors import DataChangedError
-from maskgit_pl.files import open_regular, read_json, sha256_of, sync, write_atomically, write_text
+from maskgit_pl.files import open_regular, read_json, sync, write_atomically, write_text
 
 Split = Literal["train", "val"]
 _FORMAT = 1
@@ -73,8 +72,6 @@ class Manifest:
     images: ImageRange
     index_sha256: str  # of the rows of the index file, hex
     left_out: Mapping[str, int] = field(default_factory=dict)  # samples that are not in the index, by kind of fault
-    vectors: VectorKind | None = None  # None if the samples have none
-    vectors_sha256: str = ""  # of the file of their array, hex
 
     @property
     def samples(self) -> int:
@@ -103,13 +100,13 @@ class Manifest:
 
 @dataclass(frozen=True)
 class DataSummary:
-    """The facts about a data folder that recipes and commands use before torch is imported."""
+    """The facts about a data folder that recipes and commands use before torch is imported, from its manifests."""
 
+    manifests: Mapping[Split, Manifest] = field(repr=False, compare=False)  # they name the folder
     classes: tuple[str, ...]  # label i is ``classes[i]``
     samples: Mapping[str, int]  # number of samples of each split
     images: ImageRange  # over all splits
     fingerprint: str  # SHA-256, hex, of all manifests
-    vectors: VectorKind | None = None  # None if the samples have none
 
     @property
     def num_classes(self) -> int:
@@ -121,6 +118,11 @@ class DataSummary:
         """The number of channels to decode to: 1 if all images are grey, else 3."""
         return 1 if self.images.channels == (1,) else 3
 
+    def manifest(self, split: Split) -> Manifest:
+        """Returns the manifest of a split; for one that the folder does not have, see ``load_manifest``."""
+        folder = next(iter(self.manifests.values())).folder
+        return self.manifests.get(split) or load_manifest(folder, split)
+
 
 def splits_of(folder: str | Path) -> tuple[Split, ...]:
     """Returns the splits of a data folder that have a manifest; train if none has one, whose error says the way out."""
@@ -129,13 +131,14 @@ def splits_of(folder: str | Path) -> tuple[Split, ...]:
 
 def read_manifest_summary(folder: str | Path) -> DataSummary:
     """Reads class names, counts and image sizes of a data folder from two small JSON files; see ``load_manifest``."""
-    manifests = [load_manifest(folder, split) for split in splits_of(folder)]
+    by_split = {split: load_manifest(folder, split) for split in splits_of(folder)}
+    manifests = list(by_split.values())
     return DataSummary(
+        manifests=by_split,
         classes=manifests[0].classes,
         samples={manifest.split: manifest.samples for manifest in manifests},
         images=union([manifest.images for manifest in manifests]),
         fingerprint=hashlib.sha256("".join(manifest.fingerprint for manifest in manifests).encode()).hexdigest(),
-        vectors=manifests[0].vectors,
     )
 
 
@@ -173,62 +176,39 @@ def load_manifest(folder: str | Path, split: Split) -> Manifest:
     if content.pop("format", None) != _FORMAT:
         raise ValueError(f"manifest {path} must have format {_FORMAT}; {_remake_hint(folder)}")
     content.pop("samples", None)  # for people who read the file, as is the split
-    dim, dtype = content.pop("vector_dim", None), content.pop("vector_dtype", None)
-    vectors = None if dim is None else VectorKind(dim, dtype)
-    return build_dataclass(Manifest, {**content, "folder": folder, "split": split, "vectors": vectors}, str(path))
+    return build_dataclass(Manifest, {**content, "folder": folder, "split": split}, str(path))
 
 
 def load_manifests(folder: str | Path, splits: Sequence[Split] = ("train", "val")) -> dict[Split, Manifest]:
-    """Reads the manifests of some splits and compares the files on disk with them; lists all bad shards in one error.
-
-    Compares the whole index, and length, first and last header of each shard, which is fast enough for the
-    start of each run; ``maskgit data verify`` reads everything.
+    """Reads the manifests of some splits, and compares the files on disk with them; see ``check_shards``.
 
     Raises:
         FileNotFoundError: if the folder or a manifest is missing.
         ValueError: if a manifest is invalid, or index or shards differ from it.
     """
     manifests = {split: load_manifest(folder, split) for split in splits}
-    if faults := [fault for manifest in manifests.values() for fault in _faults(manifest)]:
-        total, listed = sum(len(manifest.shards) for manifest in manifests.values()), "\n  ".join(faults)
+    check_shards(manifests.values())
+    return manifests
+
+
+def check_shards(manifests: Collection[Manifest]) -> None:
+    """Compares the files of a data folder on disk with its manifests; lists all bad shards in one error.
+
+    Compares the whole index, and length, first and last header of each shard, which is fast enough for the
+    start of each run; ``maskgit data verify`` reads everything.
+
+    Raises:
+        FileNotFoundError: if an index is missing.
+        ValueError: if index or shards differ from a manifest.
+    """
+    if faults := [fault for manifest in manifests for fault in _faults(manifest)]:
+        total, listed = sum(len(manifest.shards) for manifest in manifests), "\n  ".join(faults)
+        folder = next(iter(manifests)).folder
         raise ValueError(
             f"data {folder}: {len(faults)} of {total} shards differ from the manifest:\n  {listed}\n"
             f"restore the shards, or, if they were changed on purpose, make the manifest again with "
             f"`maskgit data index {folder}`"
         )
-    return manifests
-
-
-def check_vectors(manifest: Manifest) -> None:
-    """Raises a ``ValueError`` if the array of vectors differs from its hash in the manifest, in 0.5 to 1 s per GB.
-
-    A changed value would not be noticed later. Runs that use the vectors call it at their start.
-    """
-    path, hint = vectors_path(manifest.folder, manifest.split), _remake_hint(manifest.folder)
-    check_unchanged(path, sha256_of(path), expected=manifest.vectors_sha256, hint=hint)
-
-
-class VectorReader:
-    """A reader of the vectors of a split that has vectors: one gather from a memory-mapped array for each batch."""
-
-    def __init__(self, manifest: Manifest) -> None:
-        self.manifest = manifest
-
-    @cached_property
-    def array(self) -> npt.NDArray[Any]:
-        """The array (n, C), mapped into memory at first use in each process; see ``map_array``."""
-        folder, kind = self.manifest.folder, self.manifest.vectors
-        assert kind is not None
-        path, shape = vectors_path(folder, self.manifest.split), (self.manifest.samples, kind.dim)
-        return map_array(path, shape, np.dtype(kind.dtype), hint=_remake_hint(folder))
-
-    def read(self, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
-        """Reads the vectors, (B, C) float32, of samples, (B,) int64 in [0, n)."""
-        values: npt.NDArray[np.float32] = self.array.take(indices, axis=0).astype(np.float32)
-        return values
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"manifest": self.manifest}  # each process maps the array itself
 
 
 class ShardReader:
@@ -347,9 +327,6 @@ def _fault_of(path: Path, shard: Shard, rows: npt.NDArray[np.void]) -> str | Non
 def _to_json(manifest: Manifest) -> dict[str, Any]:
     # Written only if they differ from the default: the fingerprint of the data is made of these keys.
     unusual: dict[str, Any] = {"left_out": dict(manifest.left_out)} if manifest.left_out else {}
-    if manifest.vectors is not None:
-        dim, dtype = manifest.vectors
-        unusual |= {"vector_dim": dim, "vector_dtype": dtype, "vectors_sha256": manifest.vectors_sha256}
     return unusual | {
         "format": _FORMAT,
         "split": manifest.split,

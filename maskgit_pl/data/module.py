@@ -6,14 +6,12 @@ The configuration is the group ``data`` of a recipe. Used by ``maskgit train`` a
 from __future__ import annotations
 
 import logging
+import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
-import numpy as np
-import numpy.typing as npt
-import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from maskgit_pl.checks import ImageSize, check_channels, check_choice, check_image_size, check_integers, check_number
@@ -24,18 +22,13 @@ from maskgit_pl.data.manifest import (
     DataSummary,
     ShardReader,
     Split,
-    VectorReader,
-    check_vectors,
+    check_shards,
     describe_enlarging,
-    load_manifest,
-    load_manifests,
     read_manifest_summary,
 )
 from maskgit_pl.data.order import BATCH_SIZE_RANGE, InOrder, Order, ShuffledStream, split_batch
 from maskgit_pl.data.stream import StreamBatches, StreamConfig
 from maskgit_pl.data.token_store import TokenReader, augmentations_text, check_origin, open_store
-from maskgit_pl.data.vectors import VectorKind
-from maskgit_pl.decoding.predictors import VectorPool
 from maskgit_pl.distributed import rank_and_world
 
 log = logging.getLogger(__name__)
@@ -65,10 +58,9 @@ class ShardDataConfig:
         validation_samples: Number of samples to validate on, the first of the split; None takes all.
         num_workers: Number of processes on each rank that read and decode; 0 reads in the training process.
         seed: Seed of order and crops, in [0, 2**32).
-        stream: The shards of ``"stream"``; see ``StreamBatches`` for its limits.
+        stream: The shards of ``"stream"``.
         unreadable_budget: Fraction of the images seen that may be unreadable and replaced, in [0, 1]. Above
             0, 10 different images are always allowed; 0 allows none. See ``UnreadableImages``. Streams skip them.
-        vectors: True reads the vector of each sample, which conditions the network of stage 2 together with the class.
 
     Raises:
         ValueError: if a value is out of range, or a setting of the source is missing.
@@ -89,7 +81,6 @@ class ShardDataConfig:
     seed: int = 0
     stream: StreamConfig | None = None
     unreadable_budget: float = 1e-4
-    vectors: bool = False
 
     def __post_init__(self) -> None:
         # All values are checked here, before data is read or a process group starts.
@@ -109,8 +100,8 @@ class ShardDataConfig:
             validation_samples="[1, 2**32]",
         )
         check_choice("data.source", self.source, ("images", "tokens", "stream"))
-        if self.source == "stream" and (self.stream is None or self.vectors):
-            raise ValueError("data.stream.urls must be given and data.vectors be false for data.source: stream")
+        if self.source == "stream" and self.stream is None:
+            raise ValueError("data.stream.urls must be given for data.source: stream, got none")
         if self.source == "tokens" and self.token_store is None:
             raise ValueError(
                 "data.token_store must be given for data.source: tokens, got none; `maskgit tokenize` makes one"
@@ -129,15 +120,17 @@ class ShardData(StepDataModule):
 
     Args:
         config: The folder, the source and the batches.
+        summary: Summary of the folder; None reads it at first use.
     """
 
-    def __init__(self, config: ShardDataConfig) -> None:
+    def __init__(self, config: ShardDataConfig, summary: DataSummary | None = None) -> None:
         super().__init__()
         self.config = config
+        if summary is not None:
+            self.summary = summary
         self.global_batch = config.global_batch
         self.stream = config.stream if config.source == "stream" else None
         self._readers: dict[Split, ShardReader] = {}
-        self._vectors: dict[Split, VectorReader] = {}
 
     @cached_property
     def summary(self) -> DataSummary:
@@ -160,24 +153,6 @@ class ShardData(StepDataModule):
         return len(self.class_names)
 
     @property
-    def vector_dim(self) -> int:
-        """The size C of the vectors that batches have; 0 if ``data.vectors`` is False.
-
-        Raises:
-            ValueError: if ``data.vectors`` is True and the samples of the data folder have no vectors.
-        """
-        return self._vector_kind.dim if self.config.vectors else 0
-
-    @property
-    def _vector_kind(self) -> VectorKind:
-        if self.summary.vectors is None:
-            raise ValueError(
-                f"data {self.config.path} must have a vector for each image, for data.vectors: true or for the model, "
-                "got none; make the data with a .npy file beside each image"
-            )
-        return self.summary.vectors
-
-    @property
     def enlarging(self) -> str | None:
         """The sentence of ``describe_enlarging`` about the images of the folder; None for a stream."""
         return None if self.stream is not None else describe_enlarging(self.summary.images, self.config.image_size)
@@ -198,16 +173,12 @@ class ShardData(StepDataModule):
 
         Raises:
             FileNotFoundError: if the data folder, a manifest or the store is missing.
-            ValueError: if shards differ from the manifest, the store is damaged or made from other data, the
-                samples have no vectors, or the batch cannot be divided evenly among the ranks.
+            ValueError: if shards differ from the manifest, the store is damaged or made from other data, or the
+                batch cannot be divided evenly among the ranks.
         """
         split_batch(self.config.global_batch, self.config.max_batch_per_device, self._world_size)
         if self._tokens is None:  # opens and checks the token store, if there is one
-            for split, manifest in load_manifests(self.config.path, self._splits_of_folder).items():
-                self._readers[split] = ShardReader(manifest)
-        if self.vector_dim:
-            for split in self._splits_of_folder:
-                self._vector_reader(split)
+            self._open_shards(self._splits_of_folder)
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Returns the micro-batches of this rank, from the Trainer's step to the end of the epoch."""
@@ -218,16 +189,16 @@ class ShardData(StepDataModule):
         samples = self.summary.samples["train"] if self.stream is None else self.stream.samples
         order = self._train_order(samples, per_device=per_device, accumulation=accumulation)
         if self.stream is not None:
+            shards = self.stream.expand()
+            random.Random(f"{self.config.seed}/{self._current_step()}").shuffle(shards)
             batches = StreamBatches(
                 self.stream,
                 self.class_names,
+                shards=shards[self._rank :: self._world_size],
                 image_size=self.config.image_size,
                 in_channels=self.config.in_channels,
                 augmentations=self.config.train_augmentations,
                 seed=self.config.seed,
-                rank=self._rank,
-                world_size=self._world_size,
-                first_step=self._current_step(),
             )
             return self._loader(batches, order)
         shuffled, augmentations = ShuffledStream(samples, self.config.seed), self.config.train_augmentations
@@ -248,42 +219,23 @@ class ShardData(StepDataModule):
             order: Maps positions to samples.
             augmentations: Crops and flips; tokens keep the views of their store.
         """
-        vectors = self._vector_reader(split) if self.vector_dim else None
         if self._tokens is not None:
-            return TokenBatches(self._tokens[split], order, seed=self.config.seed, vectors=vectors)
+            return TokenBatches(self._tokens[split], order, seed=self.config.seed)
+        if split not in self._readers:  # without ``setup``, as in the evaluation
+            self._open_shards((split,))
         return ImageBatches(
-            self._shard_reader(split),
+            self._readers[split],
             order,
             image_size=self.config.image_size,
             in_channels=self.config.in_channels,
             augmentations=augmentations,
             seed=self.config.seed,
-            vectors=vectors,
         )
 
-    def read_vectors(self, split: Split, index: npt.NDArray[np.int64]) -> Tensor:
-        """Returns the vectors (B, C) float32 of samples (B,) of a split; see ``check_vectors``."""
-        return torch.from_numpy(self._vector_reader(split).read(index))
-
-    def vector_pool(self, split: Split) -> VectorPool:
-        """Returns all vectors of a split with their labels, for images that are generated without the data."""
-        labels = load_manifest(self.config.path, split).index()["label"].astype(np.int64)
-        return VectorPool(self.read_vectors(split, np.arange(len(labels))), torch.tensor(labels))
-
-    def _shard_reader(self, split: Split) -> ShardReader:
-        # Without ``setup``, as in the evaluation, shards are opened and checked here.
-        if split not in self._readers:
-            self._readers[split] = ShardReader(load_manifests(self.config.path, (split,))[split])
-        return self._readers[split]
-
-    def _vector_reader(self, split: Split) -> VectorReader:
-        """Returns the vectors of a split of the data folder, after a check of their hash at the first call."""
-        if split not in self._vectors:
-            _ = self._vector_kind  # raises if there are none
-            manifest = load_manifest(self.config.path, split)
-            check_vectors(manifest)
-            self._vectors[split] = VectorReader(manifest)
-        return self._vectors[split]
+    def _open_shards(self, splits: Sequence[Split]) -> None:
+        manifests = {split: self.summary.manifest(split) for split in splits}
+        check_shards(manifests.values())
+        self._readers |= {split: ShardReader(manifest) for split, manifest in manifests.items()}
 
     @property
     def _splits_of_folder(self) -> tuple[Split, ...]:

@@ -35,7 +35,6 @@ class Sample(NamedTuple):
     extension: str  # png, jpg or webp
     label: int  # in [0, num_classes)
     name: str  # in error messages
-    vector: bytes | None = None  # of the ``.npy`` file of its vector
 
 
 class UnreadableSample(NamedTuple):

@@ -1,12 +1,11 @@
-"""Scan of one tar: the position of each image and vector, its label, and a count of each kind of fault.
+"""Scan of one tar: the position of each image, its label, and a count of each kind of fault.
 
-Used by ``index``, which writes manifests from scans, and by ``stream``.
+Used by ``index``, which writes manifests from scans.
 
 1. Walk the members of the tar; see ``tar.read_members``.
 2. Group consecutive members by key, as webdataset does: the key is the name up to the first dot of its last
    component. Members without a key are passed over.
-3. Read the header of each image, each label and each vector (``.npy``), within limits on their size; no other
-   member is read.
+3. Read the header of each image and each label, within limits on their size; no other member is read.
 4. Note the faults of each sample as bits.
 5. At the end, find keys that occur more than once, and count the faults.
 
@@ -32,7 +31,6 @@ from maskgit_pl.data.images import parse_image_header
 from maskgit_pl.data.manifest import INDEX_DTYPE, ImageRange
 from maskgit_pl.data.samples import Labels
 from maskgit_pl.data.tar import BLOCK, DamagedTarError, Member, member_label, read_members
-from maskgit_pl.data.vectors import MAX_VECTOR_BYTES, VECTOR_EXTENSION, VectorKind, parse_vector
 from maskgit_pl.files import open_regular, sha256_of
 from maskgit_pl.text import printable
 
@@ -43,20 +41,19 @@ _MAX_FAULTY = 100_000  # more than this is a wrong file, not a few bad samples
 _UNSAFE = re.compile(r"[\x00-\x1f\x7f-\x9f]|^/|(?:^|/)\.\.(?:/|$)")  # control characters, paths out of a folder
 _NAME = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)", re.DOTALL)
 
-# Faults of a sample, after a count in messages. Keys of ``left_out``: a manifest's fingerprint depends on these words.
+# Faults of a sample, after a count in messages. Keys of ``left_out``: a manifest's fingerprint depends on these words,
+# so that TWICE still names vectors, which earlier versions read.
 NO_IMAGE, NO_LABEL = "without an image", "without a label"
-NO_VECTOR = "without a vector"  # a fault only if other samples of the shard have one
 TWICE = "with two images, labels or vectors"
 REPEATED = "of a key that comes twice, or whose members do not lie side by side"
 BAD_IMAGE, BAD_LABEL = "with an image that cannot be read", "with a label that is no class"
-BAD_VECTOR = "with a vector that cannot be used"
 BAD_NAME, BAD_KIND = "with an unsafe member name", "with a link or a device"
-_FAULTS = (NO_IMAGE, NO_LABEL, NO_VECTOR, TWICE, REPEATED, BAD_IMAGE, BAD_LABEL, BAD_VECTOR, BAD_NAME, BAD_KIND)
+_FAULTS = (NO_IMAGE, NO_LABEL, TWICE, REPEATED, BAD_IMAGE, BAD_LABEL, BAD_NAME, BAD_KIND)
 _BIT = {fault: 1 << number for number, fault in enumerate(_FAULTS)}  # a sample's faults are one integer
 
 # Columns of the table of a scan; -1 is a missing value. FIRST is the offset of the payload of the first member.
-_KEY, _FIRST, _OFFSET, _SIZE, _SHAPE, _LABEL, _VECTOR, _BITS = range(8)
-_EMPTY_ROW = [0, 0, -1, 0, -1, -1, -1, 0]
+_KEY, _FIRST, _OFFSET, _SIZE, _SHAPE, _LABEL, _BITS = range(7)
+_EMPTY_ROW = [0, 0, -1, 0, -1, -1, 0]
 
 
 class Fault(NamedTuple):
@@ -75,21 +72,18 @@ class ShardScan:
     rows: npt.NDArray[np.void]  # (n,) INDEX_DTYPE, the samples without a fault; ``shard`` is 0
     images: ImageRange | None  # of these samples; None without any
     faults: dict[str, Fault]  # of the other samples
-    vectors: npt.NDArray[np.int64]  # (n,), positions of the first values of the vectors in the file; -1 without one
-    vector_kind: VectorKind | None = None
     damage: str = ""  # the reason if the file is not a complete tar
 
 
-def scan_shard(path: Path, labels: Labels, *, vectors: bool = True) -> ShardScan:
-    """Scans a tar: reads its labels, image headers and vectors, and hashes it.
+def scan_shard(path: Path, labels: Labels) -> ShardScan:
+    """Scans a tar: reads its labels and image headers, and hashes it.
 
     Args:
         path: The tar.
         labels: Source of the labels.
-        vectors: True to read ``.npy`` members as vectors; False ignores them.
     """
     with open(open_regular(path), "rb") as file:
-        scan, damage, digest = _Scan(file.fileno(), path.name, labels, vectors=vectors), "", ""
+        scan, damage, digest = _Scan(file.fileno(), path.name, labels), "", ""
         try:
             for key, members in groupby(scan.named_members(), lambda named: named[0]):  # 2.
                 scan.add(key, members)
@@ -103,7 +97,7 @@ def scan_shard(path: Path, labels: Labels, *, vectors: bool = True) -> ShardScan
 
 
 class _Part(NamedTuple):
-    """A kind of member that is read: image, label or vector."""
+    """A kind of member that is read: image or label."""
 
     column: int  # first column of its values in the table
     limit: int  # bytes
@@ -114,17 +108,14 @@ class _Part(NamedTuple):
 class _Scan:
     """A collector of samples. A tar may have millions, so time and memory per sample matter here."""
 
-    def __init__(self, descriptor: int, shard: str, labels: Labels, *, vectors: bool) -> None:
+    def __init__(self, descriptor: int, shard: str, labels: Labels) -> None:
         self.descriptor, self.shard, self.labels = descriptor, shard, labels
         image = _Part(_OFFSET, MAX_IMAGE_BYTES, self._read_image, BAD_IMAGE)
         limit = _MAX_LABEL_BYTES if labels.source == "cls" else _MAX_JSON_BYTES
         self.parts = dict.fromkeys(IMAGE_EXTENSIONS, image)
         if labels.extension is not None:
             self.parts[labels.extension] = _Part(_LABEL, limit, self._read_label, BAD_LABEL)
-        if vectors:
-            self.parts[VECTOR_EXTENSION] = _Part(_VECTOR, MAX_VECTOR_BYTES, self._read_vector, BAD_VECTOR)
-        self.vector_kind: VectorKind | None = None  # of the first vector
-        self.table = array("q")  # a row is 64 bytes, an object would be 500
+        self.table = array("q")  # a row is 56 bytes, an object would be 500
         self.first: dict[str, str] = {}  # fault -> message about the first sample with it
         self.num_faulty = 0
 
@@ -160,8 +151,6 @@ class _Scan:
         table = np.frombuffer(self.table or array("q", [0]), np.int64)[: len(self.table)]
         columns = table.reshape(-1, len(_EMPTY_ROW)).T  # each (n,) int64
         bits = _mark_repeated(columns[_KEY], columns[_BITS])  # 5.
-        if self.vector_kind is not None:
-            bits = np.where((bits == 0) & (columns[_VECTOR] < 0), _BIT[NO_VECTOR], bits)
         whole = bits == 0
         rows = np.zeros(int(whole.sum()), INDEX_DTYPE)
         for name, column in (("offset", _OFFSET), ("size", _SIZE), ("label", _LABEL)):
@@ -178,8 +167,6 @@ class _Scan:
             rows=rows,
             images=_image_range(columns[_SHAPE, whole]),
             faults=faults,
-            vectors=columns[_VECTOR, whole],
-            vector_kind=self.vector_kind,
             damage=damage,
         )
 
@@ -208,13 +195,6 @@ class _Scan:
 
     def _read_label(self, member: Member, data: bytes, name: str) -> tuple[int, ...]:
         return (self.labels.read(data, name=name),)
-
-    def _read_vector(self, member: Member, data: bytes, name: str) -> tuple[int, ...]:
-        kind, start = parse_vector(data, name=name)
-        if kind != (self.vector_kind or kind):
-            raise ValueError(f"vector {name} must have {self.vector_kind} as those before it, got {kind}")
-        self.vector_kind = kind
-        return (member.offset + start,)
 
     def _note(self, fault: str, member: Member, reason: str = "") -> int:
         """Keeps the message of the first sample with a fault, and returns the bit of the fault."""

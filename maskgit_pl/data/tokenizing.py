@@ -34,12 +34,12 @@ from maskgit_pl.data.token_store import (
     DESCRIPTION_FILE,
     FORMAT,
     StoreDescription,
+    TokenizingConfig,
     Tokens,
     array_paths,
     is_complete,
     plain_description,
 )
-from maskgit_pl.data.tokenize_options import TokenizingConfig
 from maskgit_pl.files import parse_any_json, remove_partials, sha256_of, sync, write_atomically, write_text
 from maskgit_pl.processes import Bars, no_bars
 

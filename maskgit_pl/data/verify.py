@@ -20,13 +20,11 @@ from maskgit_pl.data.manifest import (
     Shard,
     ShardReader,
     Split,
-    check_vectors,
     load_manifest,
     read_manifest_summary,
     splits_of,
 )
 from maskgit_pl.data.tar import BLOCK, member_label
-from maskgit_pl.data.vectors import vectors_path
 from maskgit_pl.data.writer import LEFT_OUT
 from maskgit_pl.files import open_regular, sha256_of
 from maskgit_pl.processes import choose_workers, run_jobs
@@ -53,7 +51,7 @@ def verify_shards(
 ) -> Verification:
     """Compares all files with the hashes in the manifests.
 
-    1. Compare each index file and each array of vectors.
+    1. Compare each index file.
     2. Compare every shard, in parallel, and decode its images where the index says that they are, if ``decode``.
 
     Args:
@@ -68,7 +66,7 @@ def verify_shards(
     """
     folder = Path(folder)
     manifests = {split: load_manifest(folder, split) for split in splits_of(folder)}
-    faults = [fault for manifest in manifests.values() for fault in _find_bad_arrays(manifest)]  # 1.
+    faults = [fault for manifest in manifests.values() for fault in _find_bad_index(manifest)]  # 1.
     # 2. Jobs finish in any order; the report has the order of the manifests.
     jobs = [(split, number) for split, manifest in manifests.items() for number in range(len(manifest.shards))]
     shards = [shard for manifest in manifests.values() for shard in manifest.shards]
@@ -96,8 +94,7 @@ def describe_data(folder: Path, done: str, notes: Iterable[str] = ()) -> str:
     size = " x ".join(str(low) if low == high else f"{low}-{high}" for low, high in (widths, heights))
     colour = "grey" if summary.channels == 1 else "colour"
     classes = "1 class" if summary.num_classes == 1 else f"{summary.num_classes} classes"
-    vectors = "" if summary.vectors is None else f"; vectors of {summary.vectors}"
-    lines = [f"{folder}: {done}: {samples}; {classes}; {size} pixels, {colour}{vectors}", *notes]
+    lines = [f"{folder}: {done}: {samples}; {classes}; {size} pixels, {colour}", *notes]
     counts = np.bincount(ShardReader(train).index["label"], minlength=summary.num_classes).tolist()
     most = sorted(range(len(counts)), key=counts.__getitem__, reverse=True)
     listed = [f"{printable(train.classes[label])} {counts[label]}" for label in most]
@@ -129,15 +126,11 @@ def index_lines(
         yield from (f"{split}: left out: {count} {printable(fault)}" for fault, count in manifest.left_out.items())
 
 
-def _find_bad_arrays(manifest: Manifest) -> Iterator[str]:
-    checks: dict[str, Callable[[], object]] = {f"{manifest.split}.npy": lambda: manifest.index(check=True)}
-    if manifest.vectors is not None:
-        checks[vectors_path(manifest.folder, manifest.split).name] = lambda: check_vectors(manifest)
-    for name, check in checks.items():
-        try:
-            check()
-        except (OSError, ValueError) as error:
-            yield f"{name}: {error}"
+def _find_bad_index(manifest: Manifest) -> Iterator[str]:
+    try:
+        manifest.index(check=True)
+    except (OSError, ValueError) as error:
+        yield f"{manifest.split}.npy: {error}"
 
 
 def _verify_shard(task: tuple[dict[Split, Manifest], bool], job: tuple[Split, int]) -> str:

@@ -22,7 +22,6 @@ from maskgit_pl.data.images import decode_image, encode_jpeg, encode_png, fit_im
 from maskgit_pl.data.index import find_shards, index_shards
 from maskgit_pl.data.manifest import Split, load_manifests, splits_of
 from maskgit_pl.data.samples import Sample, Source, UnreadableSample
-from maskgit_pl.data.vectors import VECTOR_EXTENSION
 from maskgit_pl.files import read_json, remove_partials, write_atomically, write_text
 from maskgit_pl.folders import has_content, replace_folder, resolve_folder
 from maskgit_pl.processes import choose_workers, run_jobs
@@ -110,9 +109,8 @@ def write_shard(samples: Iterable[Sample], stream: IO[bytes], *, first_key: int)
     # All members have the same owner and time, so equal samples give equal bytes and an equal fingerprint.
     with TarWriter(stream, mtime=0, user="", group="") as writer:
         for number, sample in enumerate(samples, first_key):
-            content = {"__key__": f"{number:08d}", sample.extension: sample.data, "cls": sample.label}
             # webdataset writes bytes as they are.
-            writer.write(content if sample.vector is None else {**content, VECTOR_EXTENSION: sample.vector})
+            writer.write({"__key__": f"{number:08d}", sample.extension: sample.data, "cls": sample.label})
 
 
 @dataclass(frozen=True)
@@ -213,10 +211,9 @@ def _list_left_out(plan: _Plan, *, lenient: bool) -> None:
     hint = f": {empty[0]} has no others" if empty else ", or leave them out with --lenient"
     more = [f"... and {len(lines) - _MAX_LISTED} more"] if len(lines) > _MAX_LISTED else []
     listed = "\n  ".join([*lines[:_MAX_LISTED], *more])
-    no_vectors = "; --no-vectors ignores .npy files" if any("vector" in line for line in lines) else ""
     raise ValueError(
         f"{len(lines)} of {sum(plan.source.counts.values())} images cannot be read:\n  {listed}\n"
-        f"replace or remove them{hint}{no_vectors}"
+        f"replace or remove them{hint}"
     )
 
 

@@ -3,8 +3,8 @@
 ``build_class_predictor`` composes them, from the inside out: ``ClassPredictor`` runs the network,
 ``GuidedPredictor`` adds classifier-free guidance or ``AutoguidedPredictor`` guidance by a second network, and
 ``FirstStepLogits`` shares the first step between images of a class. ``start_from`` shows random codes in it.
-``VectorPool`` and ``check_condition_vectors`` give the vectors of images, such as text embeddings, that
-``ConditionalModel.bind`` hands to the network.
+``check_condition_vectors`` checks the vectors of images, such as text embeddings, that ``ConditionalModel.bind``
+hands to the network.
 
 Source of guidance: Ho and Salimans, arXiv:2207.12598; of its use with masked tokens: Muse, arXiv:2301.00704;
 of guidance by a second network: Karras et al., arXiv:2406.02507.
@@ -12,7 +12,6 @@ of guidance by a second network: Karras et al., arXiv:2406.02507.
 
 from __future__ import annotations
 
-import hashlib
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -319,45 +318,6 @@ def _first_logits(
     return apply_guidance(conditional, negative, scale)
 
 
-@dataclass(frozen=True)
-class VectorPool:
-    """Vectors from which images that are given none take theirs, such as those of the val split of the data.
-
-    The image of seed s takes row (s - ``first_seed``) mod n of the n vectors of its class: it depends on its
-    class and its seed only, and the images of a class with consecutive seeds take its vectors in turn.
-
-    Args:
-        vectors: (m, C) float32, m >= 1.
-        labels: (m,) int64, class of each vector; None if every class takes all vectors. A class without
-            vectors takes all of them too.
-        first_seed: Seed of the image that takes the first vector.
-    """
-
-    vectors: Tensor
-    labels: Tensor | None = None
-    first_seed: int = 0
-
-    @cached_property
-    def digest(self) -> str:
-        """The SHA-256, hex, of vectors, labels and first seed, which identifies the pool in plans and ledgers."""
-        digest = hashlib.sha256(f"{tuple(self.vectors.shape)} {self.first_seed}".encode())
-        for tensor in (self.vectors, self.labels):
-            digest.update(b"" if tensor is None else tensor.contiguous().numpy().tobytes())
-        return digest.hexdigest()
-
-    def draw(self, labels: Sequence[int], seeds: Sequence[int]) -> Tensor:
-        """Returns the vectors (n, C) of n images with their labels and seeds."""
-        rows = {label: self._rows(label) for label in set(labels)}
-        turns = [(seed - self.first_seed, rows[label]) for label, seed in zip(labels, seeds, strict=True)]
-        return self.vectors[torch.stack([own_rows[turn % len(own_rows)] for turn, own_rows in turns])]
-
-    def _rows(self, label: int) -> Tensor:
-        """Returns the rows of the vectors of a class, in order."""
-        if self.labels is None or not bool((self.labels == label).any()):
-            return torch.arange(len(self.vectors))
-        return (self.labels == label).nonzero()[:, 0]
-
-
 def check_condition_vectors(
     vectors: object, labels: Sequence[int], *, condition_dim: int, null_label: int | None
 ) -> Tensor | None:
@@ -385,7 +345,7 @@ def check_condition_vectors(
         if not is_hidden:
             raise ValueError(
                 f"vectors must be given: the model was trained with a vector of {condition_dim} values for each image, "
-                f"got none; give an array of shape {expected}, or generate images of no class (None)"
+                f"got none; give MaskGIT.generate an array of shape {expected}, or generate images of no class (None)"
             )
         return torch.zeros(expected)
     if is_hidden:

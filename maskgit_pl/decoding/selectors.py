@@ -11,7 +11,10 @@ registered frozen dataclass::
     @dataclass(frozen=True)
     class EntropyOrder(TokenSelector):
         def __call__(self, candidates: Candidates) -> Tensor:
-            return (candidates.log_probs.exp() * candidates.log_probs).sum(-1)
+            import torch
+
+            # entr is 0 for a code of probability 0, where p log p would be NaN.
+            return -torch.special.entr(candidates.log_probs.exp()).sum(-1)
 """
 
 from __future__ import annotations

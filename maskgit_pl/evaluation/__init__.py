@@ -1,10 +1,10 @@
-"""Measures trained models: ``evaluate``, ``evaluate_tokenizer``, ``compare``, ``tune`` and ablations.
+"""Measures trained models: ``evaluate``, ``evaluate_tokenizer``, ``tune`` and ablations.
 
 ::
 
     from maskgit_pl import evaluation
 
-    report = evaluation.evaluate("runs/fashion-mnist-adaln", num_images=2000)
+    report = evaluation.evaluate("runs/fashion-mnist-adaln", evaluation.EvaluationOptions(num_images=2000))
     report.content                            # what evaluation.json has
 
 An ``Evaluator`` makes every measurement once, and keeps it in a ``Ledger``. The public names are imported on first use:
@@ -20,7 +20,6 @@ from maskgit_pl.registry import lazy_names
 if TYPE_CHECKING:
     from maskgit_pl.evaluation.ablation import run_ablation
     from maskgit_pl.evaluation.classifier import check_cas, train_classifier
-    from maskgit_pl.evaluation.comparison import compare
     from maskgit_pl.evaluation.distilling import distill
     from maskgit_pl.evaluation.evaluator import EvaluatedModel, Evaluator
     from maskgit_pl.evaluation.folders import check_model_decoding, open_models, trained_recipe
@@ -30,22 +29,18 @@ if TYPE_CHECKING:
     from maskgit_pl.evaluation.options import (
         CASConfig,
         ClassifierConfig,
-        ComparisonOptions,
         EvaluationOptions,
         ReportOptions,
         TokenizerOptions,
         TuningOptions,
     )
     from maskgit_pl.evaluation.reconstruction import evaluate_tokenizer
-    from maskgit_pl.evaluation.reference import read_real_vectors
-    from maskgit_pl.evaluation.schedule_table import table_3
     from maskgit_pl.evaluation.tuning import tune
 
 __all__ = [
     "CASConfig",
     "ClassifierConfig",
     "ComparedImages",
-    "ComparisonOptions",
     "EvaluatedModel",
     "EvaluationOptions",
     "Evaluator",
@@ -56,14 +51,11 @@ __all__ = [
     "TuningOptions",
     "check_cas",
     "check_model_decoding",
-    "compare",
     "distill",
     "evaluate",
     "evaluate_tokenizer",
     "open_models",
-    "read_real_vectors",
     "run_ablation",
-    "table_3",
     "train_classifier",
     "trained_recipe",
     "tune",
@@ -72,24 +64,20 @@ __all__ = [
 _HOMES = {
     "ablation": ("run_ablation",),
     "classifier": ("check_cas", "train_classifier"),
-    "comparison": ("compare",),
     "distilling": ("distill",),
     "evaluator": ("EvaluatedModel", "Evaluator"),
     "ledger": ("Ledger",),
     "metrics": ("ComparedImages", "FeatureMetric"),
     "model_evaluation": ("evaluate",),
-    "opening": ("check_model_decoding", "open_models", "trained_recipe"),
+    "folders": ("check_model_decoding", "open_models", "trained_recipe"),
     "options": (
         "CASConfig",
         "ClassifierConfig",
-        "ComparisonOptions",
         "EvaluationOptions",
         "ReportOptions",
         "TokenizerOptions",
         "TuningOptions",
     ),
-    "reference": ("read_real_vectors",),
-    "schedule_table": ("table_3",),
     "reconstruction": ("evaluate_tokenizer",),
     "tuning": ("tune",),
 }

@@ -29,17 +29,25 @@ Values = Mapping[str, list[float]]  # values of all seeds by metric
 
 
 def make_ablation_page(name: str, rows: Sequence[Row]) -> Page:
-    """Returns the page of an ablation from the rows of its variants and seeds; the first variant is the base."""
+    """Returns the page of an ablation from the rows of its variants and seeds.
+
+    The variants are in groups of the same size, by the values of ``AblationConfig.at``; the first of each is the base.
+    """
     protocol = rows[-1]["protocol"]
     rows = sorted(rows, key=lambda row: (protocol["variants"].index(row["variant"]), row["seed"]))
     values = _collect_values(rows, protocol)
     lines = heading(f"Ablation: {markdown(name.removeprefix('ablation-'))}")
     lines += [*_explain(protocol), ""]
     if any(values.values()):
-        lines += ["## Results", "", *_result_lines(values, rows[-1]["real"]), ""]
-        lines += [f"## Difference from {markdown(protocol['variants'][0])}", ""]
-        lines += [*_difference_lines(values, len(protocol["seeds"])), ""]
-    lines += ["## Training", "", *_training_lines(rows), ""]
+        headings = [f"## Results at {markdown(label)}" for label in protocol.get("at", ())] or ["## Results"]
+        for number, heading_line in enumerate(headings):
+            size = len(values) // len(headings)
+            group = dict([*values.items()][number * size : (number + 1) * size])
+            lines += [heading_line, "", *_result_lines(group, rows[-1]["real"]), ""]
+            lines += [f"## Difference from {markdown(next(iter(group)))}", ""]
+            lines += [*_difference_lines(group, len(protocol["seeds"])), ""]
+    lines += _step_lines(rows, protocol)
+    lines += [] if protocol.get("of") else ["## Training", "", *_training_lines(rows), ""]
     failed = [
         f"- {markdown(row['variant'])}, seed {row['seed']}: {_long(row['failure'])}"
         for row in rows
@@ -101,19 +109,22 @@ def _explain(protocol: Mapping[str, Any]) -> list[str]:
     base = ", ".join(
         f"{markdown(key)} {markdown('not set' if value is None else value)}" for key, value in protocol["base"].items()
     )
+    run = protocol.get("of")
+    subject = f"Decoding of the run {markdown(run)}" if run else f"Stage {markdown(protocol['stage'])}"
     lines = paragraph(
-        f"Stage {markdown(protocol['stage'])} on {markdown(protocol['dataset'])}, each variant trained with the seeds",
+        f"{subject} on {markdown(protocol['dataset'])}, each variant {'measured' if run else 'trained'} with the seeds",
         f"{', '.join(map(str, protocol['seeds']))}.",
         f"Base: {base}." if base else "",
     )
     if protocol["stage"] == "transformer":
         lines += ["", *paragraph(
             f"{protocol['num_images']} images of each run, evenly distributed over the classes, are compared with",
-            f"{markdown(protocol['compared'])}. Seeds differ in initial weights, order of the data, masks, and the",
-            f"noise of decoding; the variants of a seed share them. Decoding, unless it is varied: "
-            f"{_long(protocol['decoding'])}. Bits per token are the order-agnostic bound of the likelihood of real",
-            "images (the exact value of an autoregressive model), which depends neither on the mask schedule nor on",
-            "the decoding.",
+            f"{markdown(protocol['compared'])}.",
+            f"Seeds differ in {'' if run else 'initial weights, order of the data, masks, and '}the noise of decoding;",
+            f"the variants of a seed share {'it' if run else 'them'}.",
+            f"Decoding, unless it is varied: {_long(protocol['decoding'])}.",
+            "Bits per token are the order-agnostic bound of the likelihood of real images (the exact value of an",
+            "autoregressive model), which depends neither on the mask schedule nor on the decoding.",
         )]  # fmt: skip
     else:
         lines += ["", *paragraph(
@@ -169,6 +180,26 @@ def _difference(name: str, values: Sequence[float], base: Sequence[float]) -> st
     value = fmean(values) - fmean(base)
     sign = "+" if value >= 0 else ""
     return f"{sign}{format_value(name, value)} {compare_seeds(name, values, base)}"
+
+
+def _step_lines(rows: Sequence[Row], protocol: Mapping[str, Any]) -> list[str]:
+    """Returns the section with the FIDs that T was chosen by, if it was."""
+    chosen = [row for row in rows if "best_steps" in row]
+    if not chosen:
+        return []
+    steps = [*chosen[0]["fid_by_steps"]]
+    cells = []
+    for label in protocol["variants"]:
+        of_variant = [row for row in chosen if row["variant"] == label]
+        best = ", ".join(map(str, sorted({row["best_steps"] for row in of_variant})))
+        fids = ([row["fid_by_steps"][number] for row in of_variant] for number in steps)
+        cells.append([markdown(label), best, *(format_seeds(each, partial(format_value, "fid")) for each in fids)])
+    lines = paragraph(
+        f"The best T of each seed has the lowest FID in the features of {markdown(protocol['first'])}. The images of",
+        "this choice have other noise than those of the results, which are measured at the best T.",
+    )
+    table = markdown_table(["variant", "best T", *(f"T = {number}" for number in steps)], cells)
+    return ["## FID by number of steps T", "", *lines, "", *table, ""]
 
 
 def _training_lines(rows: Sequence[Row]) -> list[str]:

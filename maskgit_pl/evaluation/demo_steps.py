@@ -21,11 +21,11 @@ from maskgit_pl.data.sources.shards import convert_images, fetch_dataset
 from maskgit_pl.errors import PreemptedError
 from maskgit_pl.evaluation.classifier import train_classifier
 from maskgit_pl.evaluation.model_evaluation import evaluate
+from maskgit_pl.evaluation.options import EvaluationOptions
 from maskgit_pl.pipeline.card import refresh_card
 from maskgit_pl.processes import catch_stop_signals, is_requested, progress_bars
 from maskgit_pl.runs.fitting import fit
-from maskgit_pl.runs.layers import Overrides, flag_words
-from maskgit_pl.runs.recipe import DEFAULT_DATASET, STAGES, Recipe
+from maskgit_pl.runs.recipe import DEFAULT_DATASET, STAGES, Overrides, Recipe, flag_words
 from maskgit_pl.runs.tokenizing import tokenize
 
 log = logging.getLogger(__name__)
@@ -192,8 +192,9 @@ def _encode(recipe: Recipe, folders: Mapping[str, Any]) -> None:
 
 
 def _measure(run: Path, data: Path, features: list[str], num_images: int) -> None:
+    options = EvaluationOptions(data=data, num_images=num_images, features=features)
     with progress_bars() as bars:
-        report = evaluate(run, data=data, num_images=num_images, features=features, bars=bars)
+        report = evaluate(run, options, bars=bars)
     refresh_card(run / "pretrained")
     table = io.StringIO()
     Console(file=table, force_jupyter=False).print(report.table())

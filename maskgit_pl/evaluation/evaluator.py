@@ -40,7 +40,7 @@ from maskgit_pl.evaluation.metrics import (
     known_metrics,
 )
 from maskgit_pl.evaluation.options import CLASSIFIER, CASConfig, decoding_key
-from maskgit_pl.evaluation.reference import Reference, draw_images, open_samples, read_real_vectors, split_digest
+from maskgit_pl.evaluation.reference import Reference, draw_images, open_samples, split_digest
 from maskgit_pl.masking import MaskSampler
 from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.pipeline.bulk import BulkOptions, generate_many
@@ -101,10 +101,8 @@ class EvaluatedModel:
         }
 
     def decoding_key(self, decoding: DecodingConfig) -> dict[str, Any]:
-        """Returns the ledger key of images: that of the decoding, with the vectors and the negative model if any."""
+        """Returns the ledger key of images: that of the decoding, with the negative model if any."""
         key, negative = decoding_key(decoding), self.pipe.negative_model
-        if self.pipe.vector_pool is not None:
-            key["vectors"] = shorten_digest(self.pipe.vector_pool.digest)
         if negative is not None and any(decoding.scales()):  # without guidance it changes nothing
             key["negative_model"] = shorten_digest(negative.digest)
         return key
@@ -305,10 +303,9 @@ class Evaluator:
         if transformer.mask_schedule is None:
             return _estimate("exact_bits_per_token", exact_nll(transformer.network, tokens, labels, **options), bits)
         options["draws"] = draws
-        images = tokens, labels, read_real_vectors(self.data, model.pipe, num_images=count)
         sampler = MaskSampler(transformer.mask_schedule, seed)
-        part = masked_nll(transformer.network, *images, sampler=sampler, **options)
-        bound = negative_elbo(transformer.network, *images, seed=seed, **options)
+        part = masked_nll(transformer.network, tokens, labels, sampler=sampler, **options)
+        bound = negative_elbo(transformer.network, tokens, labels, seed=seed, **options)
         return {**_estimate("masked_nll", part), **_estimate("elbo_bits_per_token", bound, bits)}
 
     def measure_cas(

@@ -26,8 +26,8 @@ from maskgit_pl.files import read_json, read_yaml
 from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.pipeline.sharing import bundled_models, local_folder
 from maskgit_pl.processes import Bars, no_bars
-from maskgit_pl.runs.ablation import FOLDER
-from maskgit_pl.runs.layers import value_at, without_keys
+from maskgit_pl.runs.recipe import value_at, without_keys
+from maskgit_pl.runs.variants import FOLDER
 
 _MAX_CONFIG_BYTES = 8_000_000  # of a model that may be a stranger's
 _UNTRAINED = (  # keys that do not affect the trained weights, and that of the seed
@@ -223,17 +223,17 @@ def open_data(folders: RunFolders, pipe: MaskGIT, *, num_workers: int = 0) -> Sh
 
 
 def check_data(pipe: MaskGIT, data: ShardData) -> None:
-    """Checks that the data have the classes of a model, and gives it the vectors of the val images if it needs any.
-
-    A generated image takes a vector of its class.
-    """
+    """Checks that the data have the classes of a model, and that it generates from classes only."""
     if data.class_names != pipe.class_names:
         raise ValueError(
             f"data {data.config.path}: the classes must be the model's {list(pipe.class_names[:10])}, "
             f"got {list(data.class_names[:10])}; choose the data of the training with --data"
         )
     if pipe.transformer.network.config.condition_dim:
-        pipe.vector_pool = data.vector_pool("val")
+        raise ValueError(
+            "the model must generate from classes only, since data folders have no vectors, got one that needs a "
+            "vector for each image; measure what MaskGIT.generate(vectors=...) returns"
+        )
 
 
 def check_model_decoding(pipe: MaskGIT, decoding: DecodingConfig) -> None:

@@ -16,9 +16,9 @@ from torch import Tensor
 from maskgit_pl.data import ShardData
 from maskgit_pl.evaluation.extractors import gather_rows, iter_row_batches
 from maskgit_pl.evaluation.reference import iter_real_batches
-from maskgit_pl.grids import to_unit_range
 from maskgit_pl.masking import MaskSampler, UniformPositions, true_positions
 from maskgit_pl.networks.backbone import Backbone
+from maskgit_pl.networks.vqgan import to_unit_range
 from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.randomness import random_bits
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from shlex import quote
@@ -37,7 +37,7 @@ from maskgit_pl.evaluation.folders import (
 )
 from maskgit_pl.evaluation.ledger import FILE_NAME, Ledger
 from maskgit_pl.evaluation.metrics import computed_metrics, format_value, title
-from maskgit_pl.evaluation.options import CLASSIFIER, FEATURES, EvaluationOptions, Spec, round_to_classes
+from maskgit_pl.evaluation.options import CLASSIFIER, EvaluationOptions, round_to_classes
 from maskgit_pl.evaluation.pages import choose_classes
 from maskgit_pl.evaluation.reconstruction import measure_reconstruction
 from maskgit_pl.evaluation.reference import iter_real_batches
@@ -51,26 +51,12 @@ _NEAR_REAL = 1.5  # times the FID of real images
 _SHOWN_OF_A_CLASS, _SHOWN_PAIRS, _ANIMATED = 8, 16, 4
 
 
-def evaluate(
-    run: Path | str,
-    *,
-    data: Path | None = None,
-    num_images: int = 1000,
-    features: Sequence[Spec] = FEATURES,
-    out: Path | None = None,
-    options: EvaluationOptions | None = None,
-    bars: Bars = no_bars,
-) -> Report:
+def evaluate(run: Path | str, options: EvaluationOptions | None = None, *, bars: Bars = no_bars) -> Report:
     """Measures a model, and writes ``evaluation.json`` and pictures.
 
     Args:
         run: Run folder or pretrained folder.
-        data: Data folder; None for the data that the run was trained on.
-        num_images: Number of generated images, at least 2 per class.
-        features: Feature networks: names or mappings, see ``networks.features.parse_feature_network``.
-        out: Path of the JSON file, beside which pictures, ledger and images are written; None for
-            ``RUN/evaluation.json``.
-        options: Steps, reference, seed and other options; None for the defaults.
+        options: Images, networks, data and other options; None for the defaults.
         bars: Progress bars.
 
     Returns:
@@ -82,7 +68,8 @@ def evaluate(
         ValueError: if the classes of the data are not the model's, a network is unknown, or a number is out of range.
     """
     options = options or EvaluationOptions()
-    folders = find_run(run, data=data)
+    num_images, out = options.num_images, options.out
+    folders = find_run(run, data=options.data)
     file = out or folders.run / "evaluation.json"
     check_writable("out", file)  # before hours of measurements
     with process_group():  # all ranks measure; the first one writes
@@ -106,7 +93,7 @@ def evaluate(
             Ledger(kept / FILE_NAME, reuse=options.resume),
             device=pipe.device,
             batch_size=options.batch_size,
-            features=features,
+            features=options.features,
             reference=options.reference,
             bars=bars,
         )

@@ -70,6 +70,11 @@ class EvaluationOptions(ModelOptions):
     """Options of ``evaluate``.
 
     Args:
+        data: Data folder (default: that of the training).
+        num_images: Number of generated images, at least 2 per class, and of real ones beside them; see
+            --reconstruction-images and --likelihood-images for the other measurements.
+        features: Feature networks: classifier, lite0, inception[=FILE], timm:MODEL=FILE, or mappings.
+        out: Results; pictures, ledger and images are written beside it (default: RUN/evaluation.json).
         num_steps: Number of decoding steps (default: the model's own).
         reference: Statistics or images of ADM in a .npz file, in place of the val split.
         reconstruction_images: Number of real images to reconstruct, at least as many as are generated (default: all
@@ -81,24 +86,15 @@ class EvaluationOptions(ModelOptions):
         ValueError: if a number is out of range.
     """
 
+    data: Path | None = None
+    num_images: int = 1000
+    features: Sequence[Spec] = FEATURES
+    out: Path | None = None
     num_steps: int | None = None
     reference: Path | None = None
     reconstruction_images: int | None = None
     likelihood_images: int = 2000
     resume: bool = False
-
-
-@dataclass(frozen=True)
-class ComparisonOptions(ModelOptions):
-    """Options of ``compare``.
-
-    Args:
-        guidance: Name or mapping of a guidance schedule (default: the model's own).
-        guidance_scale: Scale of the guidance schedule.
-    """
-
-    guidance: Spec | None = None
-    guidance_scale: float | None = None
 
 
 @dataclass(frozen=True)
@@ -108,6 +104,12 @@ class TuningOptions(ModelOptions):
     In Python, None stands for all selectors or schedules, and an empty list of schedules keeps the model's own.
 
     Args:
+        data: Data folder (default: that of the training).
+        trials: Number of trials, with those of earlier calls.
+        metric: fid, kid or another metric of `maskgit plugins metrics`, in the features of the data's own
+            classifier, or class_agreement with it.
+        num_images: Images generated for each trial, at least 2 per class.
+        out: Folder of the study, the page and the ledger (default: RUN/tuning, and the ledger of RUN/evaluation).
         num_steps: Numbers of decoding steps to try (default: 4,6,8,12,16, at most the tokens per image).
         selectors: Token selectors to try: names, or mappings such as {name: remdm, eta: 0.4}, whose
             arguments are fixed (default: all).
@@ -115,6 +117,11 @@ class TuningOptions(ModelOptions):
             exponent: 2.5}, or pow (any exponent); own: only the model's (default: all).
     """
 
+    data: Path | None = None
+    trials: int = 40
+    metric: str = "fid"
+    num_images: int = 500
+    out: Path | None = None
     num_steps: Sequence[int] | None = None
     selectors: Sequence[Spec] | None = None
     schedules: Sequence[Spec] | None = None

@@ -33,7 +33,7 @@ from maskgit_pl.evaluation.metrics import format_value, title
 from maskgit_pl.evaluation.options import Spec, TokenizerOptions
 from maskgit_pl.evaluation.reference import Statistics, iter_real_batches
 from maskgit_pl.files import check_writable, write_text
-from maskgit_pl.grids import to_unit_range
+from maskgit_pl.networks.vqgan import to_unit_range
 from maskgit_pl.pretrained.networks import PretrainedTokenizer, fingerprint, images_at_once, load_tokenizer, read_config
 from maskgit_pl.processes import Bars, no_bars
 from maskgit_pl.tokenizer.module import CodebookUsage

@@ -45,7 +45,6 @@ from maskgit_pl.evaluation.extractors import (
 )
 from maskgit_pl.evaluation.ledger import digest_of, shorten_digest
 from maskgit_pl.files import open_zip, sha256_of, write_atomically
-from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.text import printable, size_text
 
 _POOLED, _SPATIAL = 2048, 2023  # number of Inception's features that the statistics of ADM's files have
@@ -240,17 +239,6 @@ def iter_real_batches(
         num_workers=data.config.num_workers,
         unreadable_budget=data.config.unreadable_budget,
     )
-
-
-def read_real_vectors(data: ShardData, pipe: MaskGIT, *, num_images: int) -> Tensor | None:
-    """Returns the (n, C) float32 vectors of the val images that ``Evaluator.read_real_images`` returns, on the device.
-
-    None for a model without vectors.
-    """
-    if not pipe.transformer.network.config.condition_dim:
-        return None
-    order, count = draw_images(data, "val", num_images)
-    return data.read_vectors("val", order(range(count)).index.numpy()).to(pipe.device)
 
 
 def read_real_labels(data: ShardData) -> Tensor:

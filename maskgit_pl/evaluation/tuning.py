@@ -186,30 +186,14 @@ def _rank(trials: Sequence[Trial], metric: str) -> list[Trial]:
     return sorted(trials, key=lambda trial: sign * trial.numbers[metric])
 
 
-def tune(
-    run: Path | str,
-    *,
-    data: Path | None = None,
-    trials: int = 40,
-    metric: str = "fid",
-    num_images: int = 500,
-    out: Path | None = None,
-    options: TuningOptions | None = None,
-    bars: Bars = no_bars,
-) -> TuningResult:
+def tune(run: Path | str, options: TuningOptions | None = None, *, bars: Bars = no_bars) -> TuningResult:
     """Searches for the best decoding of a model, and writes it next to the weights, and a page.
 
     The same call continues a search that was stopped, to the same result.
 
     Args:
         run: Run folder or pretrained folder.
-        data: Data folder; None for the data that the run was trained on.
-        trials: Number of trials of the study, with those of earlier calls.
-        metric: A metric of the registry, such as ``fid`` or ``kid``, in the features of the data's own
-            classifier, or ``class_agreement``.
-        num_images: Number of images per trial, at least 2 per class.
-        out: Folder of the study, the page and the ledger; None for ``RUN/tuning`` and ``RUN/evaluation``.
-        options: The search, the seed and other options; None for the defaults.
+        options: The search, the data and other options; None for the defaults.
         bars: Progress bars.
 
     Raises:
@@ -221,13 +205,13 @@ def tune(
         CannotWriteError: if the disk of the study is full.
     """
     options = options or TuningOptions()
-    check_integer("trials", trials, "[1, inf)")
-    name = tuning_column(metric)
+    check_integer("trials", options.trials, "[1, inf)")
+    name, out = tuning_column(options.metric), options.out
     if find_spec("optuna") is None:
         raise ValueError("tune requires the package optuna: pip install 'maskgit_pl[tune]'")
     from optuna.exceptions import StorageInternalError
 
-    folders = find_run(run, data=data)
+    folders = find_run(run, data=options.data)
     if folders.pretrained.resolve() in (model_folder.resolve() for model_folder in bundled_models().values()):
         raise ValueError(
             "tune must have a model outside of the package, next to whose weights it writes; copy it with "
@@ -238,7 +222,7 @@ def tune(
     pipe = model.pipe
     space = _make_space(pipe, options)
     images = open_data(folders, pipe, num_workers=options.num_workers)
-    count = round_to_classes(num_images, images.num_classes)
+    count = round_to_classes(options.num_images, images.num_classes)
     ledger = Ledger(model.folder / FILE_NAME)
     evaluator = open_evaluator(folders, images, ledger, device=pipe.device, batch_size=options.batch_size, bars=bars)
     amount: Metrics = "fast" if computed_metrics()[name.partition("/")[0]].is_fast else "all"
@@ -250,7 +234,7 @@ def tune(
         numbers = collect_numbers(rows)
         if name not in numbers:
             raise ValueError(
-                f"metric {metric} has no value for {num_images} images; raise --num-images, or choose another"
+                f"metric {options.metric} has no value for {num_images} images; raise --num-images, or choose another"
             )
         return numbers
 
@@ -269,7 +253,14 @@ def tune(
         study = _open_study(file, name, key)
         try:
             result = search(
-                study, space, measure, metric=name, trials=trials, num_images=count, seed=options.seed, bars=bars
+                study,
+                space,
+                measure,
+                metric=name,
+                trials=options.trials,
+                num_images=count,
+                seed=options.seed,
+                bars=bars,
             )
         except StorageInternalError as error:
             raise _study_error(file, error) from error

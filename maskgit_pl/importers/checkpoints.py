@@ -1,16 +1,14 @@
 """Reads checkpoints that other projects released, as tensors by name: of torch, of safetensors, and flax's msgpack.
 
-Files are untrusted, and none is executed: torch's loader for tensors reads them, known records of training
-programs are passed over without their classes, no tensor may describe more than its file holds, and flax's
-files are read without flax or jax, in a small multiple of their size. Used by all importers.
+Files are untrusted, and none is executed: ``weights.load_pickle`` reads those of torch, no tensor may describe more
+than its file holds, and flax's files are read without flax or jax, in a small multiple of their size. Used by all
+importers.
 """
 
 from __future__ import annotations
 
 import math
-import pickle
 import re
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,10 +16,9 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import Tensor
 
-from maskgit_pl.networks.weights import check_archive, check_held, check_tensor, read_tensors
+from maskgit_pl.networks.weights import check_held, check_tensor, load_pickle, read_tensors
 from maskgit_pl.text import printable, shorten
 
 Array: TypeAlias = npt.NDArray[Any]
@@ -36,12 +33,6 @@ _FORMATS = {  # how files begin; the first that matches counts, and msgpack is t
 _WEIGHTS = ("model_state_dict", "state_dict", "ema", "model")  # entries; as in LlamaGen, its average before "model"
 _HEAD = 24  # bytes of a file that tell its format, or what else it is
 
-# Classes that training programs store beside weights: numpy's are learning rates and scores, the types are
-# those in containers of omegaconf.
-_RECORDS = ("pytorch_lightning.", "lightning.", "argparse.Namespace", "omegaconf.", "numpy.")
-_TYPES = {"typing.Any", "collections.defaultdict"}
-_TYPES |= {f"builtins.{name}" for name in ("bool", "bytes", "dict", "float", "int", "list", "str", "tuple")}
-_MAPPING = ".AttributeDict"  # end of the name of Lightning's class of hyper-parameters
 _WRAPPED = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")  # parts that torch adds to names
 
 _ARRAY, _SCALAR = 1, 3  # flax's extension types; 2 is a complex number
@@ -77,29 +68,8 @@ def read_checkpoint(file: Path) -> dict[str, Any]:
         ValueError: if it is of another format, damaged, or holds a Python object or a name that is no text.
     """
     kind = _check_format(file, "a file of torch.save or of safetensors", "zip", "pickle", "safetensors")
-    way_out = (
-        "on a machine that trusts the file, load it with the program that wrote it and save only the weights: "
-        f'torch.save(checkpoint["..."], "weights.pt") with the name of its weights, such as {" or ".join(_WEIGHTS)}'
-    )
-    content: Any = None
-    objects: list[str] = []
-    try:
-        if kind == "safetensors":
-            content = read_tensors(file)
-        else:
-            classes = _list_classes(file) if kind == "zip" else []
-            objects = [name for name in classes if not name.startswith(_RECORDS) and name not in _TYPES]
-            content = None if objects else _load_tensors(file, classes, mmap=kind == "zip")
-    except pickle.UnpicklingError as error:
-        raise ValueError(f"checkpoint {file} is damaged, or holds a Python object; {way_out}") from error
-    except Exception as error:  # the loaders raise many types, depending on where a file is damaged
-        text = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(
-            f"checkpoint {file}: cannot be read ({text}); download it again, or save it with torch.save"
-        ) from error
-    if objects:
-        text = f"must hold tensors only, got also {printable(objects[0])}, a Python object"
-        raise ValueError(f"checkpoint {file} {text}; {way_out}")
+    with name_file(file):
+        content = read_tensors(file) if kind == "safetensors" else load_pickle(file, f"checkpoint {file}")
     if not isinstance(content, Mapping):
         raise ValueError(f"checkpoint {file} must hold a state dict, got {type(content).__name__}")
     entries = (content.get(name) for name in _WEIGHTS)
@@ -199,39 +169,6 @@ def _check_format(path: Path, description: str, *accepted: str) -> str:
             "LFS: `git lfs pull`)"
         )
     return kind
-
-
-def _list_classes(file: Path) -> list[str]:
-    """Returns the sorted names of the classes and functions in an archive of torch.save, except those of tensors."""
-    with file.open("rb") as stream:
-        check_archive(stream, file.stat().st_size)  # before anything is unpacked
-    return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(file))
-
-
-def _load_tensors(file: Path, classes: Sequence[str], *, mmap: bool) -> Any:
-    """Reads a file with torch's loader for tensors, with a stand-in for each class of a training program.
-
-    Lightning before 1.7 keyed its callbacks' states by their classes, LlamaGen stores its arguments, and the
-    optimizer of Halton-MaskGIT has a learning rate of numpy. The classes are never imported. Files from
-    before torch 1.6, which are no zip archives, must hold tensors only.
-    """
-    # The loader fills mappings of a few classes only.
-    stand_ins = [
-        (OrderedDict if name.endswith(_MAPPING) else type(name.rpartition(".")[2], (_Record,), {}), name)
-        for name in classes
-    ]
-    with torch.serialization.safe_globals(stand_ins):  # type: ignore[arg-type]  # torch's type lacks the pairs
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
-
-
-class _Record:
-    """A stand-in for an object of a training program: it accepts any arguments and keeps nothing."""
-
-    def __new__(cls, *args: object, **kwargs: object) -> _Record:
-        return super().__new__(cls)
-
-    def __setstate__(self, state: object) -> None:
-        return
 
 
 def read_flax(path: Path) -> dict[str, Array]:

@@ -31,13 +31,11 @@ _IMAGENET_CLASSES = 1000
 
 @dataclass(frozen=True)
 class Rule:
-    """A rule that makes tensors of ours from tensors of another project.
-
-    The rows of theirs, in their order, are the rows of ours. Names are separated by spaces.
+    """A rule that makes a tensor of ours from tensors of another project, whose rows, in their order, are its rows.
 
     Attributes:
-        ours: Names of one or more of our tensors.
-        theirs: Names of one or more tensors of the project, all of one shape.
+        ours: Name of our tensor.
+        theirs: Names of one or more tensors of the project, separated by spaces, all of one shape.
         axes: Pattern of einops from the axes of each of theirs to ours; empty if they are the same.
     """
 
@@ -78,20 +76,14 @@ def convert(
     Raises:
         ValueError: if a tensor is missing, superfluous or of another shape.
     """
-    rules = [rule for rule in rules if all(name in shapes for name in rule.ours.split())]
+    rules = [rule for rule in rules if rule.ours in shapes]
     check_shapes(tensors, {name: shape for rule in rules for name, shape in _their_shapes(rule, shapes, axes)})
     weights: dict[str, Tensor] = {}
     for rule in rules:
         parts = [tensors[name].float() for name in rule.theirs.split()]
         if rule.axes:
             parts = [rearrange(part, rule.axes, **_named_in(rule, axes)) for part in parts]
-        rows = parts[0] if len(parts) == 1 else torch.cat(parts)
-        names = rule.ours.split()
-        if len(names) == 1:
-            weights[names[0]] = rows.contiguous()
-        else:  # copies, as a file of weights cannot hold two views of one tensor
-            sizes = [shapes[name][0] for name in names]
-            weights |= {name: part.clone() for name, part in zip(names, torch.split(rows, sizes), strict=True)}
+        weights[rule.ours] = (parts[0] if len(parts) == 1 else torch.cat(parts)).contiguous()
     return weights
 
 
@@ -132,8 +124,8 @@ def _their_shapes(
     rule: Rule, shapes: Mapping[str, tuple[int, ...]], axes: Mapping[str, int]
 ) -> list[tuple[str, tuple[int, ...]]]:
     """Returns the names and shapes of the tensors that a rule reads: the pattern, backwards."""
-    ours, theirs = rule.ours.split(), rule.theirs.split()
-    shape = (sum(shapes[name][0] for name in ours) // len(theirs), *shapes[ours[0]][1:])
+    theirs, (rows, *others) = rule.theirs.split(), shapes[rule.ours]
+    shape = (rows // len(theirs), *others)
     if rule.axes:
         before, after = rule.axes.split(" -> ")
         like = torch.empty(shape, device="meta")

@@ -1,21 +1,18 @@
-"""Imports transformers of Halton-MaskGIT and MaskGIL as pretrained folders. Used by ``maskgit import-transformer``.
+"""Imports transformers of Halton-MaskGIT as pretrained folders. Used by ``maskgit import-transformer``.
 
-Each project has a table of names, and a ``TransformerLayout``. Both are our ``adaln`` backbone. The names of the
-tensors tell the layouts apart, and their shapes tell all sizes except the number of attention heads.
+They are our ``adaln`` backbone. A table has the names of the tensors, whose shapes tell all sizes except the number of
+attention heads.
 
 Source: Halton-MaskGIT, arXiv:2503.17076; valeoai/Halton-MaskGIT, ``Network/transformer.py``, ``Config``,
-README, ``Trainer/cls_trainer.py`` and ``Trainer/abstract_trainer.py``. MaskGIL, arXiv:2507.13032;
-synbol/MaskGIL, ``Network/gpt.py``, ``Trainer/vit.py``, ``main.py`` and ``FID_sample.py``.
+README, ``Trainer/cls_trainer.py`` and ``Trainer/abstract_trainer.py``.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import torch
 from einops import rearrange
@@ -40,37 +37,15 @@ from maskgit_pl.importers.conversion import (
 from maskgit_pl.networks.adaln import AdaLNConfig
 from maskgit_pl.pretrained.networks import load_tokenizer
 
-_MASK_SCHEDULE = "arccos"  # both projects: default of --sched-mode in main.py, and of get_mask_code in training
-_STEPS = 32  # both projects
-_DROPOUT, _CLASS_DROPOUT = 0.1, 0.1  # both projects: configurations of the training
-# Halton-MaskGIT, (D, blocks) -> attention heads: tiny, small, base, large, xlarge; guidance scale of its FID.
-_HALTON_HEADS = {(384, 6): 6, (512, 12): 6, (768, 12): 12, (1024, 24): 16, (1152, 28): 16}
-_HALTON_SCALES = {(384, 6): 1.5, (512, 12): 1.0, (768, 12): 0.7, (1024, 24): 0.5}
-_HALTON_SCALE = 2.0  # of the example in its README; for networks without a published figure
-_MASKGIL_HEADS = {(768, 12): 12, (1024, 24): 16, (1280, 36): 20, (1536, 48): 24}  # B, L, XL, XXL
-_MASKGIL_SCALE, _CHOICE_TEMPERATURE = 4.0, 4.5  # cfg_scale, r_temp
-_COPY = "head.weight"  # Halton-MaskGIT: a second name of tok_emb.weight
-
-
-@dataclass(frozen=True)
-class TransformerLayout:
-    """A project: how its files are told from others, and how they become a network of ours.
-
-    Attributes:
-        name: Name of the project.
-        marks: Tensors that tell this layout from others.
-        read_config: Reads the sizes of the network off the tensors, given the grid of the tokenizer (rows, columns),
-            and the number of attention heads or None.
-        convert: Converts the tensors to the state dict of our ``AdaLNTransformer`` of these sizes, float32.
-            Raises a ValueError if a tensor is missing, superfluous, or of another shape.
-        decoding: Returns the decoding settings that the project publishes for a network.
-    """
-
-    name: str
-    marks: tuple[str, ...]
-    read_config: Callable[[Mapping[str, Tensor], tuple[int, int], int | None], AdaLNConfig]
-    convert: Callable[[Mapping[str, Tensor], AdaLNConfig], dict[str, Tensor]]
-    decoding: Callable[[AdaLNConfig], DecodingConfig]
+_MASK_SCHEDULE = "arccos"  # default of --sched-mode in main.py, and of get_mask_code in training
+_STEPS = 32  # README, all figures
+_DROPOUT, _CLASS_DROPOUT = 0.1, 0.1  # configurations of the training
+# (D, blocks) -> attention heads: tiny, small, base, large, xlarge; guidance scale of its FID.
+_HEADS = {(384, 6): 6, (512, 12): 6, (768, 12): 12, (1024, 24): 16, (1152, 28): 16}
+_SCALES = {(384, 6): 1.5, (512, 12): 1.0, (768, 12): 0.7, (1024, 24): 0.5}
+_SCALE = 2.0  # of the example in its README; for networks without a published figure
+_MARKS = ("cls_emb.weight", "last_norm.mlp.1.weight")  # tensors that tell this project from others
+_COPY = "head.weight"  # a second name of tok_emb.weight
 
 
 def import_transformer(
@@ -83,12 +58,12 @@ def import_transformer(
     """Writes a pretrained folder from a checkpoint of a transformer and its tokenizer.
 
     1. Check that ``out`` is new, and open the file and the tokenizer.
-    2. Find the layout by the names, and read the sizes off the shapes.
+    2. Find the project by the names, and read the sizes off the shapes.
     3. Build the network without memory, check names, shapes and numbers, and convert them.
     4. Check that the tokenizer belongs to it, and write both.
 
     Args:
-        file: A ``.pth``, ``.pt`` or ``.safetensors`` file of a transformer in either layout.
+        file: A ``.pth``, ``.pt`` or ``.safetensors`` file of a transformer of Halton-MaskGIT.
         out: Pretrained folder to make.
         tokenizer: Folder of its tokenizer, or a pretrained folder that holds one, as ``import_tokenizer`` writes it.
         num_heads: Number of attention heads; by default that of the published network of this size.
@@ -108,11 +83,15 @@ def import_transformer(
     with name_file(file):
         # 2.
         tensors = select_tensors(contents, (_COPY,))
-        layout = transformer_layout_of(tensors)
+        if not all(mark in tensors for mark in _MARKS):
+            raise ValueError(
+                f"it must be a transformer of Halton-MaskGIT, got something else ({name_some(tensors)}); import a "
+                "tokenizer with maskgit import-tokenizer"
+            )
         check_weights(tensors, file.stat().st_size)
-        config = layout.read_config(tensors, source.grid, num_heads)
+        config = read_config(tensors, num_heads)
         # 3.
-        weights = layout.convert(tensors, config)
+        weights = convert_weights(tensors, config)
     # 4.
     vqgan = source.network.config
     if vqgan.codebook_size != config.codebook_size:
@@ -123,46 +102,13 @@ def import_transformer(
     image_size = source.image_size
     if config.grid != source.grid:
         image_size = config.grid[0] * vqgan.downsampling_factor  # the grid of a table of positions is square
-    names, decoding = choose_class_names(config.num_classes), layout.decoding(config)
+    names, decoding = choose_class_names(config.num_classes), published_decoding(config)
     transformer = ImportedTransformer(config, weights, _MASK_SCHEDULE, decoding, names)
     state = source.network.state_dict()
-    return write_import(Imported(out, layout.name, vqgan, state, image_size, transformer))
+    return write_import(Imported(out, "Halton-MaskGIT", vqgan, state, image_size, transformer))
 
 
-def transformer_layout_of(tensors: Mapping[str, Any]) -> TransformerLayout:
-    """Returns the layout of a state dict, by its names.
-
-    Raises:
-        ValueError: if it has neither layout.
-    """
-    layout = next((layout for layout in (HALTON, MASKGIL) if all(mark in tensors for mark in layout.marks)), None)
-    if layout is None:
-        raise ValueError(
-            f"it must be a transformer of Halton-MaskGIT or MaskGIL, got something else ({name_some(tensors)}); import "
-            "a tokenizer with maskgit import-tokenizer"
-        )
-    return layout
-
-
-def _find_num_heads(requested: int | None, published: Mapping[tuple[int, int], int], size: tuple[int, int]) -> int:
-    """Returns the number of attention heads for a size (D, blocks), which no shape of a tensor tells.
-
-    Raises:
-        ValueError: if the user names none, and no published network has this size.
-    """
-    (embed_dim, depth), num_heads = size, published.get(size) if requested is None else requested
-    if num_heads is None:
-        raise ValueError(
-            f"the number of attention heads must be given for a network of {depth} blocks of size {embed_dim}, as no "
-            "tensor tells it and no published network has this size; add --num-heads"
-        )
-    return num_heads
-
-
-# Halton-MaskGIT
-
-
-_HALTON = (
+_RULES = (
     Rule("token_embedding.weight", "tok_emb.weight"),
     Rule("class_embedding.weight", "cls_emb.weight"),
     Rule("position_embedding.weight", "pos_emb.weight"),
@@ -184,19 +130,33 @@ _HALTON = (
 )
 
 
-def _read_halton(tensors: Mapping[str, Tensor], grid: tuple[int, int], num_heads: int | None) -> AdaLNConfig:
-    """Reads the sizes of the network off the shapes; the grid is that of the position table, not of the tokenizer."""
+def read_config(tensors: Mapping[str, Tensor], num_heads: int | None = None) -> AdaLNConfig:
+    """Reads the sizes of the network off the shapes; the grid is that of the table of positions.
+
+    Args:
+        tensors: Tensors by their names in the file.
+        num_heads: Number of attention heads, which no shape tells; None for that of the published network of this size.
+
+    Raises:
+        ValueError: if the user names no number of heads, and no published network has this size.
+    """
     rows, embed_dim = shape_of(tensors, "tok_emb.weight")
     side = math.isqrt(shape_of(tensors, "pos_emb.weight")[0])
     depth = count_numbers(tensors, "transformer.layers.")
     inner, _ = shape_of(tensors, "transformer.layers.0.attn.wq.weight")
+    num_heads = num_heads or _HEADS.get((embed_dim, depth))
+    if num_heads is None:
+        raise ValueError(
+            f"the number of attention heads must be given for a network of {depth} blocks of size {embed_dim}, as no "
+            "tensor tells it and no published network has this size; add --num-heads"
+        )
     return AdaLNConfig(
         codebook_size=rows - 1,
         num_classes=shape_of(tensors, "cls_emb.weight")[0] - 1,
         grid=(side, side),
         embed_dim=embed_dim,
         depth=depth,
-        num_heads=_find_num_heads(num_heads, _HALTON_HEADS, (embed_dim, depth)),
+        num_heads=num_heads,
         # Their heads have the size D // heads, so that "small" has 6 heads of size 85 for D = 512.
         attention_dim=None if inner == embed_dim else inner,
         mlp_dim=shape_of(tensors, "transformer.layers.0.ff.w1.weight")[0],
@@ -206,9 +166,15 @@ def _read_halton(tensors: Mapping[str, Tensor], grid: tuple[int, int], num_heads
     )
 
 
-def _convert_halton(tensors: Mapping[str, Tensor], config: AdaLNConfig) -> dict[str, Tensor]:
-    """Converts the tensors; the norms of our ``adaln`` backbone have no weights, so that the modulations take them."""
-    rules = number_rules(_HALTON, config.depth)
+def convert_weights(tensors: Mapping[str, Tensor], config: AdaLNConfig) -> dict[str, Tensor]:
+    """Converts the tensors to the state dict of our ``AdaLNTransformer`` of these sizes, float32.
+
+    The norms of our ``adaln`` backbone have no weights, so that the modulations take them.
+
+    Raises:
+        ValueError: if a tensor is missing, superfluous, or of another shape.
+    """
+    rules = number_rules(_RULES, config.depth)
     norms = {rule.ours: (config.embed_dim,) for rule in rules if "norm" in rule.ours}
     weights = convert(tensors, rules, shapes_of(config.create) | norms)
     weights |= _fold(weights, "head_modulation", [weights.pop("norm.weight")], weights.pop("norm.bias"))
@@ -247,19 +213,19 @@ def _fold(
     return {f"{layer}.weight": folded[:, :-1].contiguous(), f"{layer}.bias": folded[:, -1].contiguous()}
 
 
-def _halton_decoding(config: AdaLNConfig) -> DecodingConfig:
+def published_decoding(config: AdaLNConfig) -> DecodingConfig:
     """Returns the decoding of the README's figures; small grids have fewer steps than tokens."""
     num_steps = min(_STEPS, config.num_tokens)
-    scale = _HALTON_SCALES.get((config.embed_dim, config.depth), _HALTON_SCALE)
+    scale = _SCALES.get((config.embed_dim, config.depth), _SCALE)
     return DecodingConfig(
         num_steps=num_steps,
         token_selector="halton",
         guidance={"name": "constant", "scale": scale},
-        tokens_per_step=_halton_counts(num_steps, config.num_tokens),
+        tokens_per_step=_count_tokens(num_steps, config.num_tokens),
     )
 
 
-def _halton_counts(num_steps: int, num_tokens: int) -> tuple[int, ...]:
+def _count_tokens(num_steps: int, num_tokens: int) -> tuple[int, ...]:
     """Computes the number of tokens that each step decides: floor(N (1 - 2 / pi arccos(t / T))) after t steps.
 
     It is the schedule ``arccos`` but for rounding: at least t tokens are decided after t steps.
@@ -277,91 +243,3 @@ def _halton_counts(num_steps: int, num_tokens: int) -> tuple[int, ...]:
     left = torch.tensor([step / num_steps for step in steps]).acos() / (math.pi / 2)
     decided = [0, *(max(step, int(ratio)) for step, ratio in zip(steps, (1 - left) * num_tokens, strict=True))]
     return tuple(after - before for before, after in pairwise(decided))
-
-
-HALTON = TransformerLayout(
-    "Halton-MaskGIT", ("cls_emb.weight", "last_norm.mlp.1.weight"), _read_halton, _convert_halton, _halton_decoding
-)
-
-
-# MaskGIL
-
-
-_MASKGIL = (
-    Rule("token_embedding.weight class_embedding.weight", "tok_emb.weight"),
-    Rule("blocks.{}.attention_norm.weight", "layers.{}.attention_norm.weight"),
-    Rule("blocks.{}.query.weight blocks.{}.key_value.weight", "layers.{}.attention.wqkv.weight"),
-    Rule("blocks.{}.proj.weight", "layers.{}.attention.wo.weight"),
-    Rule("blocks.{}.mlp_norm.weight", "layers.{}.ffn_norm.weight"),
-    Rule("blocks.{}.fc1.weight", "layers.{}.feed_forward.w1.weight layers.{}.feed_forward.w3.weight"),
-    Rule("blocks.{}.fc2.weight", "layers.{}.feed_forward.w2.weight"),
-    Rule("head_norm.weight", "norm.weight"),
-    Rule("head_embedding.weight", "output.weight"),
-)
-
-
-def _read_maskgil(tensors: Mapping[str, Tensor], grid: tuple[int, int], num_heads: int | None) -> AdaLNConfig:
-    """Reads the sizes of the network off the shapes. It has no table of positions: the grid is the tokenizer's."""
-    vocabulary, embed_dim = shape_of(tensors, "tok_emb.weight")
-    codebook_size = shape_of(tensors, "output.weight")[0] - 1
-    depth = count_numbers(tensors, "layers.")
-    return AdaLNConfig(
-        codebook_size=codebook_size,
-        num_classes=vocabulary - (codebook_size + 1) - 1,  # rows: codes, the mask token, classes, no class
-        grid=grid,
-        embed_dim=embed_dim,
-        depth=depth,
-        num_heads=_find_num_heads(num_heads, _MASKGIL_HEADS, (embed_dim, depth)),
-        mlp_dim=shape_of(tensors, "layers.0.feed_forward.w1.weight")[0],
-        num_registers=0,
-        conditioning="token",
-        dropout=_DROPOUT,
-        class_dropout=_CLASS_DROPOUT,
-    )
-
-
-def _convert_maskgil(tensors: Mapping[str, Tensor], config: AdaLNConfig) -> dict[str, Tensor]:
-    weights = convert(tensors, number_rules(_MASKGIL, config.depth), shapes_of(config.create))
-    # Our head has a bias, theirs has none.
-    return weights | {"head_bias": weights["head_embedding.weight"].new_zeros(config.codebook_size + 1)}
-
-
-def _maskgil_decoding(config: AdaLNConfig) -> DecodingConfig:
-    """Returns the decoding of ``FID_sample.py``; small grids have fewer steps than tokens."""
-    num_steps = min(_STEPS, config.num_tokens)
-    return DecodingConfig(
-        num_steps=num_steps,
-        token_selector={"name": "confidence", "choice_temperature": _CHOICE_TEMPERATURE},
-        guidance={"name": "linear", "scale": _MASKGIL_SCALE},
-        tokens_per_step=_maskgil_counts(num_steps, config.num_tokens),
-    )
-
-
-def _maskgil_counts(num_steps: int, num_tokens: int) -> tuple[int, ...] | None:
-    """Computes the number of tokens that each step decides, proportional to arccos(1 - t / (T - 1)).
-
-    The arccos is the share of a step, not the share of tokens that stay masked as in a mask schedule.
-
-    Args:
-        num_steps: T.
-        num_tokens: N.
-
-    Returns:
-        T integers that sum to N; None if the last step would decide no token, for grids of few tokens.
-
-    Source: ``adap_sche`` of FID_sample.py.
-    """
-    shares = [math.acos(1 - step / max(1, num_steps - 1)) for step in range(num_steps)]
-    total = sum(shares) or 1.0
-    counts = [max(1, round(num_tokens * share / total)) for share in shares]
-    counts[-1] += num_tokens - sum(counts)
-    return tuple(counts) if counts[-1] > 0 else None
-
-
-MASKGIL = TransformerLayout(
-    "MaskGIL",
-    ("tok_emb.weight", "output.weight", "layers.0.attention.wqkv.weight"),
-    _read_maskgil,
-    _convert_maskgil,
-    _maskgil_decoding,
-)

@@ -29,14 +29,13 @@ __all__ = [
     "DEFAULT_BACKBONE",
     "LARGEST_COMPOSED",
     "LARGEST_GRID",
-    "LARGEST_SIZES",
     "Attention",
     "AutoregressiveBackbone",
     "Backbone",
     "BackboneConfig",
     "KVCache",
+    "Measure",
     "PredictAt",
-    "Project",
     "TokenEmbedding",
     "Vocabulary",
     "backbones",
@@ -47,12 +46,13 @@ __all__ = [
     "likeliest_tokens",
     "read_config_values",
     "split_tokens",
-    "token_logits",
+    "token_head",
 ]
 
 Attention = Literal["bidirectional", "causal"]
 Vocabulary = Literal["codes", "all", "groups"]
-Project: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
+Measure: TypeAlias = Callable[[Tensor, slice], Tensor]
+"""Logits (m, V) of some of M tokens, and their place among the M -> (m, F) float; see ``Backbone.measure_selected``."""
 PredictAt: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 """Tokens (B, N), positions (B, M) -> logits (B, M, K) of the codes; see ``Backbone.forward_at``."""
 
@@ -67,9 +67,6 @@ LARGEST_GRID = 256
 
 LARGEST_COMPOSED = 2**18
 """Largest codebook of a network with token groups: decoding computes a logit for each code from those of the groups."""
-
-LARGEST_SIZES = {"embed_dim": 2**16, "depth": 1024, "num_heads": 1024, "mlp_dim": 2**20}
-"""Largest sizes of the built-in networks, well above any that exists: a larger one is a mistake or an attack."""
 
 _LARGEST = {"codebook_size": (1, 2**24), "num_classes": (1, 100_000), "condition_dim": (0, 2**16)}
 _MOST_GROUPS = 24
@@ -226,7 +223,6 @@ class Backbone(nn.Module):
         blocks: The repeated parts. Activation checkpointing, compilation and FSDP2 work block by block. May
             be empty: the network is then one group.
         entry_points: Methods that are called besides ``forward``. FSDP2 gathers the weights for them too.
-        takes_project: True if ``forward_selected`` follows ``project``.
         vocabulary_tables: Names of tensors in the state dict with a row for each id of the vocabulary; the
             codes have ``num_code_rows`` rows.
         class_tables: Names of tensors with a row for each class, and for the null label if there is one.
@@ -234,8 +230,7 @@ class Backbone(nn.Module):
             number of other rows.
     """
 
-    entry_points: ClassVar[tuple[str, ...]] = ("forward_selected", "forward_at", "conditioned")
-    takes_project: ClassVar[bool] = False
+    entry_points: ClassVar[tuple[str, ...]] = ("forward_selected", "measure_selected", "forward_at", "conditioned")
     vocabulary_tables: ClassVar[tuple[str, ...]] = ()
     class_tables: ClassVar[tuple[str, ...]] = ()
     position_tables: ClassVar[tuple[str, ...]] = ()
@@ -271,9 +266,8 @@ class Backbone(nn.Module):
         *,
         vectors: Tensor | None = None,
         vocabulary: Vocabulary = "codes",
-        project: Project = F.linear,
     ) -> Tensor:
-        """Returns the logits of M tokens of the batch, for training; see ``forward`` for the other arguments.
+        """Returns the logits of M tokens of the batch; see ``forward`` for the other arguments.
 
         Args:
             tokens: (B, N) int64.
@@ -281,14 +275,31 @@ class Backbone(nn.Module):
             positions: (M,) int64 in [0, B N): token n of image b is at b N + n.
             vectors: (B, C) float.
             vocabulary: Columns of the result.
-            project: (M, D) hidden states, (V, D) table, (V,) bias -> (M, V) logits, or values that are
-                computed from logits without a tensor of all of them; followed if ``takes_project``.
 
         Returns:
-            (M, V) float, or what ``project`` returns.
+            (M, V) float.
         """
         # Not self(...): FSDP2 and DDP have gathered the weights for this method already.
         return self.forward(tokens, labels, vectors=vectors, vocabulary=vocabulary).flatten(0, 1)[positions]
+
+    def measure_selected(
+        self,
+        tokens: Tensor,
+        labels: Tensor,
+        positions: Tensor,
+        measure: Measure,
+        *,
+        vectors: Tensor | None = None,
+        vocabulary: Vocabulary = "codes",
+    ) -> Tensor:
+        """Returns what ``measure`` computes from the logits of M tokens, (M, F) float, for training.
+
+        A network may call it for chunks of the tokens, so that no tensor holds all logits. See ``forward_selected``
+        for the other arguments.
+        """
+        # The method of the class, as above.
+        select = type(self).forward_selected
+        return measure(select(self, tokens, labels, positions, vectors=vectors, vocabulary=vocabulary), slice(None))
 
     def forward_at(self, tokens: Tensor, labels: Tensor, positions: Tensor, *, vectors: Tensor | None = None) -> Tensor:
         """Returns the logits of the codes (B, M, K) at ``positions`` (B, M) int64 in [0, N), for decoding.
@@ -312,7 +323,7 @@ class AutoregressiveBackbone(Backbone):
     ``forward`` and ``forward_selected`` compute all tokens in one pass; the mask token is not part of their input.
     """
 
-    entry_points: ClassVar[tuple[str, ...]] = ("forward_selected", "forward_next")
+    entry_points: ClassVar[tuple[str, ...]] = ("forward_selected", "measure_selected", "forward_next")
 
     @abstractmethod
     def forward_next(self, tokens: Tensor, labels: Tensor, *, cache: Sequence[KVCache] | None = None) -> Tensor:
@@ -519,29 +530,23 @@ class TokenEmbedding(nn.Embedding):
         return torch.where(is_code, embedded, embedded_others)
 
 
-def token_logits(
-    x: Tensor,
-    table: Tensor,
-    bias: Tensor,
-    *,
-    config: BackboneConfig,
-    vocabulary: Vocabulary,
-    project: Project = F.linear,
-) -> Tensor:
-    """Computes the logits of hidden states, with a table that has the rows of ``TokenEmbedding``.
+def token_head(
+    table: Tensor, bias: Tensor, *, config: BackboneConfig, vocabulary: Vocabulary
+) -> Callable[[Tensor], Tensor]:
+    """Returns the function that computes logits with a table that has the rows of ``TokenEmbedding``.
 
     Args:
-        x: (..., D) float.
         table: (rows, D) float.
         bias: (rows,) float.
         config: Sizes of the vocabulary and of its groups.
-        vocabulary: Columns of the result: the K codes, the whole vocabulary, or the G k values of all groups.
+        vocabulary: Columns of the logits: the K codes, the whole vocabulary, or the G k values of all groups.
             With several groups, the whole vocabulary is that of the codes.
-        project: The product of hidden states and table; see ``Backbone.forward_selected``.
 
     Returns:
-        (..., V) float.
+        A function from hidden states (..., D) float to logits (..., V) float.
     """
     groups, rows = config.num_token_groups, config.num_columns(vocabulary)
-    logits = project(x, table[:rows], bias[:rows])
-    return logits if groups == 1 or vocabulary == "groups" else compose_logits(logits, num_groups=groups)
+    table, bias = table[:rows], bias[:rows]
+    if groups == 1 or vocabulary == "groups":
+        return lambda x: F.linear(x, table, bias)
+    return lambda x: compose_logits(F.linear(x, table, bias), num_groups=groups)

@@ -29,6 +29,7 @@ from maskgit_pl.checks import (
     plain_size,
 )
 from maskgit_pl.files import read_json
+from maskgit_pl.networks.vqgan import to_unit_range
 from maskgit_pl.networks.weights import load_network, read_weights, tensors_digest
 from maskgit_pl.text import did_you_mean, shorten
 
@@ -292,7 +293,7 @@ def weights_digest(network: nn.Module) -> str:
 
 def _to_unit_range(images: Tensor) -> Tensor:
     """Returns images, uint8 or float in [0, 1], as float32 in [0, 1]: resizing has no bfloat16 kernel on a CPU."""
-    return images.float() / 255 if images.dtype == torch.uint8 else images.float()
+    return to_unit_range(images) if images.dtype == torch.uint8 else images.float()
 
 
 def _run_timm(model: Any, x: Tensor) -> FeatureOutput:

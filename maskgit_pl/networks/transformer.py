@@ -1,6 +1,6 @@
 """The bidirectional transformer of MaskGIT: a post-norm BERT over a class token and the image's tokens.
 
-``mvtm.MaskedTokenModel`` trains ``MaskedTransformer.forward_selected``; the predictors of ``decoding`` call
+``mvtm.MaskedTokenModel`` trains ``MaskedTransformer.measure_selected``; the predictors of ``decoding`` call
 ``forward_at``. ``AutoregressiveTransformer`` is the same network with a causal mask, the paper's baseline:
 ``autoregressive.AutoregressiveModel`` trains it, and ``decoding.AutoregressiveDecoder`` decodes with it.
 
@@ -14,26 +14,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
-from typing import ClassVar, cast, get_args
+from typing import ClassVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from maskgit_pl.checks import check_choice, check_integer
-from maskgit_pl.networks.backbone import (
-    LARGEST_SIZES,
-    Attention,
-    AutoregressiveBackbone,
-    Backbone,
-    BackboneConfig,
-    KVCache,
-    Project,
-    TokenEmbedding,
-    Vocabulary,
-    backbones,
-    token_logits,
-)
+from maskgit_pl.networks.backbone import AutoregressiveBackbone, KVCache, TokenEmbedding, backbones
+from maskgit_pl.networks.base_transformer import Transformer, TransformerSizes
 from maskgit_pl.networks.kernels import PackingLinear, add_output, attend, feed_forward
 
 _INIT_STD = 0.02  # released code, also BERT's
@@ -42,39 +30,26 @@ _NORM_EPSILON = 1e-12  # of every layer norm; released code, far below torch's d
 
 @backbones.register("bert")
 @dataclass(frozen=True)
-class TransformerConfig(BackboneConfig):
-    """Sizes of the backbone ``bert``, by default the released ones; see ``BackboneConfig`` for the common ones.
+class TransformerConfig(TransformerSizes):
+    """Sizes of the backbone ``bert``, by default the released ones; see ``TransformerSizes``.
 
     The class is the only condition: ``condition_dim`` is 0. Dropout applies to embeddings, attention
     probabilities and both outputs of a block.
 
     Args:
         embed_dim: D, a multiple of ``num_heads``.
-        depth: Number of blocks.
-        num_heads: Number of attention heads.
-        mlp_dim: Hidden size of the MLP of each block.
-        attention: ``bidirectional``: a token attends to all tokens; ``causal``: to itself and those before it
-            in raster order. Both have the same weights.
     """
 
-    has_token_groups: ClassVar[bool] = True
     embed_dim: int = 768
     depth: int = 24
     num_heads: int = 16
     mlp_dim: int = 3072
     _: KW_ONLY
     backbone: str = "bert"
-    attention: Attention = "bidirectional"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, most in LARGEST_SIZES.items():
-            check_integer(f"transformer {name}", getattr(self, name), f"[1, {most}]")
-        if self.embed_dim % self.num_heads:
-            raise ValueError(
-                f"transformer embed_dim must be a multiple of num_heads {self.num_heads}, got {self.embed_dim}"
-            )
-        check_choice("transformer attention", self.attention, get_args(Attention))
+        self._check_heads("embed_dim")
         if self.condition_dim:
             raise ValueError(
                 f"transformer condition_dim must be 0 for the backbone bert, which knows classes only, got "
@@ -86,25 +61,17 @@ class TransformerConfig(BackboneConfig):
         return MaskedTransformer(self) if self.attention == "bidirectional" else AutoregressiveTransformer(self)
 
 
-class MaskedTransformer(Backbone):
+class MaskedTransformer(Transformer):
     """Predicts the codes of masked tokens from the visible ones and the class; see ``Backbone`` for its methods.
 
     The sequence is [class, tokens in raster order], and the head is tied to the token embedding. All weights start from
     a normal truncated to two standard deviations, times 0.02; biases from 0.
-
-    Attributes:
-        attention: Attention that the class computes.
     """
 
-    takes_project = True
-    attention: ClassVar[Attention] = "bidirectional"
     config: TransformerConfig
-    vocabulary_tables = ("token_embedding.weight", "head_bias")
-    position_tables = ("position_embedding.weight",)
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__(config)
-        assert config.attention == self.attention  # config.create() chooses the class
         del self.blocks  # set below: the order of the modules decides the initial weights and the order of parameters
         # One row of positions more than tokens: the class.
         self.token_embedding = TokenEmbedding(config, config.embed_dim)
@@ -121,46 +88,26 @@ class MaskedTransformer(Backbone):
         self.head_bias = nn.Parameter(torch.zeros(config.num_rows))
         self.apply(_initialise)
 
-    def forward(
-        self, tokens: Tensor, labels: Tensor, *, vectors: Tensor | None = None, vocabulary: Vocabulary = "codes"
-    ) -> Tensor:
-        """Returns the logits (B, N, V) of all tokens."""
-        x = self.blocks[-1](self._hidden(tokens, labels))
-        return self._head(x[:, 1:], vocabulary)
-
-    def forward_selected(
+    def _hidden(
         self,
         tokens: Tensor,
         labels: Tensor,
-        positions: Tensor,
+        vectors: Tensor | None,
         *,
-        vectors: Tensor | None = None,
-        vocabulary: Vocabulary = "codes",
-        project: Project = F.linear,
+        selected: Tensor | None = None,
+        at: Tensor | None = None,
     ) -> Tensor:
-        """Returns the logits (M, V) at ``positions``; see ``Backbone``. The head runs there only."""
-        return self._head(self._hidden_at(tokens, labels, positions), vocabulary, project)
-
-    def forward_at(self, tokens: Tensor, labels: Tensor, positions: Tensor, *, vectors: Tensor | None = None) -> Tensor:
-        """Returns the logits (B, M, K) at ``positions``. The last block's queries and the head run there only."""
-        # Keys and values of the last block need all positions, its queries and MLP only M of them.
-        last = cast("Block", self.blocks[-1])
-        return self._head(last.forward_at(self._hidden(tokens, labels), positions + 1), "codes")  # after the class
-
-    def _hidden_at(self, tokens: Tensor, labels: Tensor, positions: Tensor) -> Tensor:
-        """Returns the inputs (M, D) of the head at ``positions``; see ``forward_selected``."""
-        # The last MLP runs at these positions only.
-        rows = positions + positions // tokens.shape[1] + 1  # of a sequence of 1 + N: the class comes first
-        x: Tensor = self.blocks[-1](self._hidden(tokens, labels), rows)
-        return x
-
-    def _hidden(self, tokens: Tensor, labels: Tensor) -> Tensor:
-        """Returns the input (B, S, D) of the last block."""
-        # Each method runs the last block itself, at the positions that it needs.
-        x = self._embed(self._sequence(tokens, labels))
+        x = self._embed(self._sequence(tokens, labels))  # (B, 1 + N, D)
         for block in self.blocks[:-1]:
             x = block(x)
-        return x
+        last = cast("Block", self.blocks[-1])
+        if selected is not None:  # the last MLP runs at these rows only
+            x = last(x, selected + selected // tokens.shape[1] + 1)  # of sequences of 1 + N: the class comes first
+        elif at is not None:  # keys and values of the last block need all positions, its queries and MLP only these
+            x = last.forward_at(x, at + 1)
+        else:
+            x = last(x)[:, 1:]
+        return self._last_norm(x)
 
     def _embed(self, sequence: Tensor, *, first: int = 0) -> Tensor:
         """Embeds ids (B, R) at the positions first, first + 1, ...: (B, R, D)."""
@@ -172,11 +119,10 @@ class MaskedTransformer(Backbone):
         """Returns the ids (B, 1 + M) of a sequence: the class, whose id follows the codes', then tokens (B, M)."""
         return torch.cat([labels.unsqueeze(1) + self.config.codebook_size, tokens], dim=1)
 
-    def _head(self, x: Tensor, vocabulary: Vocabulary, project: Project = F.linear) -> Tensor:
-        """Computes the logits (..., V) of hidden states (..., D)."""
-        x = self.head_norm(self.head_dense(x))
-        table = self.token_embedding.weight
-        return token_logits(x, table, self.head_bias, config=self.config, vocabulary=vocabulary, project=project)
+    def _last_norm(self, x: Tensor) -> Tensor:
+        """Returns what the head multiplies (..., D), from the output of the last block (..., D)."""
+        normed: Tensor = self.head_norm(self.head_dense(x))
+        return normed
 
 
 class AutoregressiveTransformer(MaskedTransformer, AutoregressiveBackbone):
@@ -186,14 +132,7 @@ class AutoregressiveTransformer(MaskedTransformer, AutoregressiveBackbone):
     the names and shapes of ``MaskedTransformer``; the mask token's row and the last position are not used.
     """
 
-    attention = "causal"
     entry_points = AutoregressiveBackbone.entry_points
-
-    def forward(
-        self, tokens: Tensor, labels: Tensor, *, vectors: Tensor | None = None, vocabulary: Vocabulary = "codes"
-    ) -> Tensor:
-        """Returns the logits (B, N, V) of all tokens (B, N) in one pass, each from the tokens before it."""
-        return self._head(self._hidden(tokens, labels), vocabulary)
 
     def forward_next(self, tokens: Tensor, labels: Tensor, *, cache: Sequence[KVCache] | None = None) -> Tensor:
         """Returns the logits (B, K) of the next token; see ``AutoregressiveBackbone``."""
@@ -202,18 +141,23 @@ class AutoregressiveTransformer(MaskedTransformer, AutoregressiveBackbone):
         x = self._embed(self._sequence(tokens, labels)[:, first:], first=first)
         for number, block in enumerate(self.blocks):
             x = block(x, cache=None if cache is None else cache[number])
-        return self._head(x[:, -1], "codes")
+        return self._head("codes")(self._last_norm(x[:, -1]))
 
-    def _hidden_at(self, tokens: Tensor, labels: Tensor, positions: Tensor) -> Tensor:
-        # Rows are selected before the head, the largest matrix product of the network.
-        return F.embedding(positions, self._hidden(tokens, labels).flatten(0, 1))
-
-    def _hidden(self, tokens: Tensor, labels: Tensor) -> Tensor:
-        """Returns the input (B, N, D) of the head."""
+    def _hidden(
+        self,
+        tokens: Tensor,
+        labels: Tensor,
+        vectors: Tensor | None,
+        *,
+        selected: Tensor | None = None,
+        at: Tensor | None = None,
+    ) -> Tensor:
+        assert at is None  # decoding calls forward_next
         x = self._embed(self._sequence(tokens[:, :-1], labels))  # (B, N, D): nothing follows the last token
         for block in self.blocks:
             x = block(x)
-        return x
+        # Rows are selected before the head, the largest matrix product of the network.
+        return self._last_norm(x if selected is None else F.embedding(selected, x.flatten(0, 1)))
 
 
 def _initialise(module: nn.Module) -> None:

@@ -400,6 +400,11 @@ def _activation(config: VQGANConfig) -> nn.Module:
     return nn.SiLU() if config.activation == "swish" else nn.ReLU()
 
 
+def to_unit_range(images: Tensor) -> Tensor:
+    """Converts uint8 pixels in [0, 255] to float32 in [0, 1], as ``VQGAN`` takes them."""
+    return images.to(torch.float32) / 255
+
+
 def conv(
     in_channels: int, out_channels: int, kernel: int, *, bias: bool, stride: int = 1, padding: int | None = None
 ) -> nn.Conv2d:

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import hashlib
 import math
+import pickle
 import struct
 import zipfile
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -23,11 +25,21 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from maskgit_pl.files import TooLargeDirectoryError, open_zip, sha256_of
-from maskgit_pl.text import shorten, size_text
+from maskgit_pl.text import printable, shorten, size_text
 
 _MAX_HEADER_BYTES = 8_000_000  # about 60,000 tensors; safetensors accepts 100 MB, which take 1 GB to parse
 _MAX_ENTRIES = 10**6  # of the zip archive of torch.save; a tensor is one
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# Classes that training programs store beside weights: numpy's are learning rates and scores, the types are
+# those in containers of omegaconf.
+_RECORDS = ("pytorch_lightning.", "lightning.", "argparse.Namespace", "omegaconf.", "numpy.")
+_TYPES = {"typing.Any", "collections.defaultdict"}
+_TYPES |= {f"builtins.{name}" for name in ("bool", "bytes", "dict", "float", "int", "list", "str", "tuple")}
+_MAPPING = ".AttributeDict"  # end of the name of Lightning's class of hyper-parameters
+_WAY_OUT = (
+    "on a machine that trusts the file, load it with the program that wrote it and save only the weights: "
+    'torch.save(checkpoint["..."], "weights.pt") with the name of its weights, such as state_dict or model'
+)
 _SHOWN = 3  # names in a message
 _LONGEST = 300  # letters of a message of a loader
 _Network = TypeVar("_Network", bound=nn.Module)
@@ -68,7 +80,7 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
 
 
 def read_weights(path: Path, *, thing: str, sha256: str = "") -> dict[str, Tensor]:
-    """Reads a ``.safetensors`` file, or one that ``torch.load(weights_only=True)`` reads.
+    """Reads a ``.safetensors`` file, or one of ``torch.save`` that holds tensors only.
 
     Args:
         path: The file.
@@ -92,18 +104,87 @@ def read_weights(path: Path, *, thing: str, sha256: str = "") -> dict[str, Tenso
         )
     if path.suffix == ".safetensors":
         return {name: tensor.clone() for name, tensor in read_tensors(path).items()}
-    size = path.stat().st_size
+    where = f"{thing} weights {path}"
+    state = load_pickle(path, where)
+    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"{where} must hold tensors only, got something else than a mapping of names to tensors")
     try:
-        with path.open("rb") as stream:
-            check_archive(stream, size)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
-            raise ValueError("something else than a mapping of names to tensors")
-        check_held(state, size)
-    except Exception as error:  # the loader raises many types, depending on where a file is damaged
-        text = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{thing} weights {path} must hold tensors only, got an error: {text}") from error
+        check_held(state, path.stat().st_size)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
     return {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in state.items()}
+
+
+def load_pickle(file: Path, name: str) -> Any:
+    """Reads a file of ``torch.save`` with torch's loader for tensors, which runs no code of the file.
+
+    Checkpoints also hold records of training programs: Lightning before 1.7 keyed its callbacks' states by their
+    classes, LlamaGen stores its arguments, and the optimizer of Halton-MaskGIT has a learning rate of numpy. An empty
+    stand-in takes the place of each such class, which is never imported. Files from before torch 1.6, which are no zip
+    archives, must hold tensors only.
+
+    Args:
+        file: The file.
+        name: The file's name in error messages.
+
+    Returns:
+        The content. ``check_held`` must pass before a tensor of it is copied.
+
+    Raises:
+        ValueError: if the file is damaged, holds another Python object, or is an archive that unpacks to more than its
+            own size.
+    """
+    try:
+        is_archive = zipfile.is_zipfile(file)
+        if is_archive:
+            _check_archive(file)  # before anything is unpacked
+        classes = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(file)) if is_archive else []
+        other = next((each for each in classes if not each.startswith(_RECORDS) and each not in _TYPES), None)
+        # The loader fills mappings of a few classes only.
+        stand_ins = [
+            (OrderedDict if each.endswith(_MAPPING) else type(each.rpartition(".")[2], (_Record,), {}), each)
+            for each in classes
+        ]
+        if other is None:
+            with torch.serialization.safe_globals(stand_ins):  # type: ignore[arg-type]  # torch's type lacks the pairs
+                return torch.load(file, map_location="cpu", weights_only=True, mmap=is_archive)
+    except pickle.UnpicklingError as error:  # its own text advises to trust the file
+        raise ValueError(f"{name} is damaged, or holds a Python object; {_WAY_OUT}") from error
+    except Exception as error:  # the loader raises many types, depending on where a file is damaged
+        text = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{name} cannot be read ({text}); download it again, or save it with torch.save") from error
+    raise ValueError(f"{name} must hold tensors only, got also {printable(other)}, a Python object; {_WAY_OUT}")
+
+
+class _Record:
+    """A stand-in for an object of a training program: it accepts any arguments and keeps nothing."""
+
+    def __new__(cls, *args: object, **kwargs: object) -> _Record:
+        return super().__new__(cls)
+
+    def __setstate__(self, state: object) -> None:
+        return
+
+
+def _check_archive(file: Path) -> None:
+    """Checks that a zip archive of ``torch.save`` does not unpack to more than its own size.
+
+    Raises:
+        ValueError: if it is damaged, an entry is compressed, or the entries are too many or larger than the file.
+    """
+    try:
+        with file.open("rb") as stream, open_zip(stream, max_entries=_MAX_ENTRIES) as archive:
+            entries = archive.infolist()
+    except TooLargeDirectoryError as error:
+        raise ValueError(f"the zip archive must have {error}") from error
+    except (zipfile.BadZipFile, ValueError, NotImplementedError, struct.error) as error:
+        raise ValueError(f"the zip archive is damaged ({error})") from error
+    packed = next((entry for entry in entries if entry.compress_type != zipfile.ZIP_STORED), None)
+    if packed is not None:
+        raise ValueError(f"entries of the archive must not be compressed, got {shorten(packed.filename)}")
+    size, total = file.stat().st_size, sum(entry.file_size for entry in entries)
+    if total > size:
+        raise ValueError(f"entries of the archive must fit its {size_text(size)}, got {size_text(total)}")
 
 
 def load_network(create: Callable[[], _Network], weights: Mapping[str, Tensor], where: Path | str) -> _Network:
@@ -224,34 +305,6 @@ def check_held(tensors: Mapping[str, Tensor], size: int) -> None:
             f"tensors must be stored in full, got {size_text(total)} of them in a file of {size_text(size)}; several "
             "share their storage"
         )
-
-
-def check_archive(stream: IO[bytes], size: int) -> None:
-    """Checks that a zip archive of ``torch.save`` does not unpack to more than its own size.
-
-    Args:
-        stream: The file. A file of another format passes.
-        size: Size of the file in bytes.
-
-    Raises:
-        ValueError: if an entry is compressed, or the entries are too many or larger than the file.
-    """
-    if not zipfile.is_zipfile(stream):
-        return
-    stream.seek(0)
-    try:
-        with open_zip(stream, max_entries=_MAX_ENTRIES) as archive:
-            entries = archive.infolist()
-    except TooLargeDirectoryError as error:
-        raise ValueError(f"the zip archive must have {error}") from error
-    except (zipfile.BadZipFile, ValueError, NotImplementedError, struct.error) as error:
-        raise ValueError(f"the zip archive is damaged ({error})") from error
-    packed = next((entry for entry in entries if entry.compress_type != zipfile.ZIP_STORED), None)
-    if packed is not None:
-        raise ValueError(f"entries of the archive must not be compressed, got {shorten(packed.filename)}")
-    total = sum(entry.file_size for entry in entries)
-    if total > size:
-        raise ValueError(f"entries of the archive must fit its {size_text(size)}, got {size_text(total)}")
 
 
 def tensors_digest(named: Iterable[tuple[str, Tensor]], *, prefix: str = "") -> str:

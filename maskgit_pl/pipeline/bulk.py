@@ -103,7 +103,6 @@ class BulkPlan:
         tokenizer, transformer, negative_model: SHA-256 of the weights of each; None without a negative model.
         accept_rate: Fraction of the candidates that are kept; None without rejection sampling.
         classifier: SHA-256 of the classifier that ranks candidates; None without rejection sampling.
-        vectors: SHA-256 of the vectors of the images; None for a model without vectors.
 
     Raises:
         ValueError: if a class is given twice, or there are too many classes for the file.
@@ -121,7 +120,6 @@ class BulkPlan:
     negative_model: str | None = None
     accept_rate: float | None = None
     classifier: str | None = None
-    vectors: str | None = None
 
     def __post_init__(self) -> None:
         if len(set(self.classes)) != len(self.classes):
@@ -214,7 +212,6 @@ def make_plan(pipe: MaskGIT, options: BulkOptions) -> BulkPlan:
         tokenizer=tensors_digest(pipe.tokenizer.network.state_dict().items()),
         transformer=tensors_digest(pipe.transformer.network.state_dict().items()),
         negative_model=None if negative_model is None else negative_model.digest,
-        vectors=None if pipe.vector_pool is None else pipe.vector_pool.digest,
     )
 
 

@@ -38,7 +38,7 @@ _SETTINGS = (
     "model.optimizer.weight_decay",
     "model.ema_decay",
     "model.flip_probability",
-    "model.reconstruction_loss",
+    "model.losses",
     "model.mask_schedule",
     "model.label_smoothing",
 )

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from maskgit_pl.checks import CHANNELS, check_choice, pixels_text
 from maskgit_pl.decoding import DecodingConfig
-from maskgit_pl.decoding.predictors import VectorPool, check_condition_vectors
+from maskgit_pl.decoding.predictors import check_condition_vectors
 from maskgit_pl.devices import check_device
 from maskgit_pl.networks.kernels import set_packing
 from maskgit_pl.pipeline import tasks as tasks
@@ -76,9 +76,6 @@ class MaskGIT:
         pack_weights: True keeps a second copy of the transformer's weights, packed for faster matrix products
             on a CPU; see ``networks.kernels``.
 
-    Attributes:
-        vector_pool: Vectors of images that are given none; None requires them. See ``decoding.predictors.VectorPool``.
-
     Raises:
         ValueError: if the transformer was trained on the tokens of another tokenizer, or the negative model
             predicts other tokens.
@@ -101,7 +98,6 @@ class MaskGIT:
                 f"{pixels_text(tokenizer.image_size)} pixels with a grid of {tokenizer.grid[0]} x {tokenizer.grid[1]}"
             )
         self.tokenizer, self.transformer = tokenizer, transformer
-        self.vector_pool: VectorPool | None = None
         self._decoding, self._pack_weights = decoding, pack_weights
         set_packing(transformer.network, enabled=pack_weights)
         transformer.follow_weights()  # from here on, changes of the weights are found
@@ -505,18 +501,16 @@ class MaskGIT:
         """Returns what a call wants, checked. No classes are one "no class"."""
         check_choice("output_type", output_type, get_args(OutputType))
         request = Request.of(self.classes, self.decoding, [None] if classes is None else classes, options)
-        model, vectors = options.get("negative_model"), options.get("vectors")
+        model = options.get("negative_model")
         negative = self.negative_model if model is None else self._open_negative(model)
         if negative is not None:
             negative.follow_weights()
         self.transformer.follow_weights()
-        if vectors is None and self.vector_pool is not None:
-            vectors = self.vector_pool.draw(request.labels, request.seeds)
         config = self.transformer.network.config
-        checked = check_condition_vectors(
-            vectors, request.labels, condition_dim=config.condition_dim, null_label=config.null_label
+        vectors = check_condition_vectors(
+            options.get("vectors"), request.labels, condition_dim=config.condition_dim, null_label=config.null_label
         )
-        return replace(request, negative_model=negative, vectors=checked)
+        return replace(request, negative_model=negative, vectors=vectors)
 
     def _open_negative(self, model: NegativeModelLike) -> PretrainedTransformer:
         """Returns the transformer from which guidance moves away, checked; one of a folder moves to this device."""

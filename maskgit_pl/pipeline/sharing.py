@@ -1,22 +1,14 @@
 """Finds a pretrained folder on this machine, in the package or on the Hugging Face Hub. Imports no torch.
 
 Downloaded files are read as data and never executed.
-
-Two further files, ``model_index.json`` and ``pipeline.py``, make a pretrained folder one of 🤗 diffusers. The
-first names the classes and their file. From the Hub, diffusers loads only classes whose file is in the folder
-of their network, so that ``pipeline.py`` is in three places. It imports the classes of
-``diffusers_pipeline``, and ``maskgit push`` sends no other code.
 """
 
 from __future__ import annotations
 
-import json
 import re
-from importlib.metadata import version
 from pathlib import Path
 from typing import TypedDict, Unpack
 
-from maskgit_pl.files import read_json, write_text
 from maskgit_pl.text import did_you_mean
 
 _FOLDER = Path(__file__).parents[1] / "models"
@@ -28,37 +20,6 @@ FILES = (*NETWORK_FILES, "config.json", "decoding.json", "negative/config.json",
 """The files of a pretrained folder, without card and license."""
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _OUR_FOLDERS = ("runs", "pretrained")  # a name in one of these folders is a path, even if it does not exist
-
-CLASSES = {"tokenizer": "MaskGITTokenizer", "transformer": "MaskGITTransformer"}
-"""The class of each network."""
-CLASS_NAME = ["pipeline", "MaskGITPipeline"]
-"""The entry ``_class_name`` of ``model_index.json``: the file without its suffix, and the class in it."""
-INDEX_FILE = "model_index.json"
-_INDEX = {"_class_name": CLASS_NAME, **{part: ["pipeline", name] for part, name in CLASSES.items()}}
-_FILES_OF_CODE = ("pipeline.py", "tokenizer/pipeline.py", "transformer/pipeline.py")
-DIFFUSERS_FILES = (INDEX_FILE, *_FILES_OF_CODE)
-"""The files that a pretrained folder does not have otherwise."""
-_NAMES = (CLASS_NAME[1], *CLASSES.values())
-_CODE = f'''"""The classes of this folder. Their code is in a package: pip install 'maskgit_pl[diffusers]'."""
-
-try:
-    from maskgit_pl.pipeline.diffusers_pipeline import {", ".join(_NAMES)}
-except ImportError as error:
-    raise ImportError("this pipeline requires maskgit_pl; run pip install 'maskgit_pl[diffusers]'") from error
-
-__all__ = {json.dumps(_NAMES)}
-'''
-_CARD = "README.md"
-_EXAMPLE = """
-## In diffusers
-
-```python
-from diffusers import DiffusionPipeline  # pip install 'maskgit_pl[diffusers]'
-
-pipe = DiffusionPipeline.from_pretrained("path/to/this/folder", trust_remote_code=True)
-pipe([0], seed=0).images[0].save("image.png")
-```
-"""
 
 
 class HubOptions(TypedDict, total=False):
@@ -137,7 +98,7 @@ def local_folder(path: Path | str) -> Path:
         raise FileNotFoundError(f"run {folder}: no such folder; {advice} Models of the package: {', '.join(bundled)}")
     # A run has the folder pretrained/; a pretrained folder has the stages itself.
     pretrained = folder / "pretrained" if (folder / "pretrained").is_dir() else folder
-    for stage in CLASSES:
+    for stage in ("tokenizer", "transformer"):
         if not (pretrained / stage / "config.json").is_file():
             raise FileNotFoundError(
                 f"run {folder}: no {stage} in {pretrained}; `maskgit train {stage}` writes it at its end"
@@ -169,30 +130,6 @@ def find_transformer(path_or_hub_id: Path | str) -> Path:
 def bundled_models() -> dict[str, Path]:
     """Returns the pretrained folder of each model in the package by name, sorted by name."""
     return {config.parents[1].name: config.parents[1] for config in sorted(_FOLDER.glob("*/transformer/config.json"))}
-
-
-def write_diffusers_files(folder: Path) -> None:
-    """Adds ``model_index.json`` and ``pipeline.py`` to a pretrained folder, and an example to its card."""
-    for path in _FILES_OF_CODE:
-        write_text(folder / path, _CODE)
-    index = {**_INDEX, "_diffusers_version": version("diffusers")}
-    write_text(folder / INDEX_FILE, json.dumps(index, indent=2) + "\n")
-    write_text(folder / _CARD, (folder / _CARD).read_text(encoding="utf-8") + _EXAMPLE)
-
-
-def check_diffusers_files(folder: Path) -> None:
-    """Checks that the files of diffusers in a folder, if there are any, are those that are written here.
-
-    Raises:
-        ValueError: if one differs, and could run other code.
-    """
-    for file in (folder / path for path in DIFFUSERS_FILES if (folder / path).is_file()):
-        if file.name == INDEX_FILE:
-            is_ours = {**read_json(file), "_diffusers_version": ""} == {**_INDEX, "_diffusers_version": ""}
-        else:
-            is_ours = file.read_bytes() == _CODE.encode()
-        if not is_ours:
-            raise ValueError(f"{file} must be the file that `maskgit export --format diffusers` writes; export again")
 
 
 def _is_hub_id(text: str) -> bool:

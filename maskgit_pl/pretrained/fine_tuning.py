@@ -23,7 +23,7 @@ def weights_for(config: BackboneConfig, pretrained: PretrainedTransformer) -> di
 
     Rows of the codes and of the mask token are copied, and those of the classes if their number is the same. Rows that
     the pretrained network lacks (other classes; the null class, if it was trained without class dropout) are the mean
-    of its classes. Learned positions of another grid are interpolated; rotary positions need nothing.
+    of its classes. Learned positions of another grid are interpolated.
 
     Args:
         config: Configuration of the network to be trained; the fields of ``BackboneConfig.transferable`` may differ.

@@ -26,7 +26,7 @@ from maskgit_pl.files import read_json, sha256_of, write_tensors, write_text
 from maskgit_pl.folders import check_only_known, write_folder
 from maskgit_pl.networks.backbone import Backbone, BackboneConfig, build_config, create_network
 from maskgit_pl.networks.kernels import WeightWatch, free_packed
-from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
+from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig, to_unit_range
 from maskgit_pl.networks.weights import check_tensor, load_network, read_tensors, tensors_digest
 from maskgit_pl.schedules import MaskSchedule, mask_schedules
 from maskgit_pl.text import shorten
@@ -89,7 +89,7 @@ class PretrainedTokenizer:
         like = next(self.network.parameters())  # for device and dtype
         count = min(batch_size or len(images), images_at_once(*images.shape[-2:]))
         with torch.no_grad():
-            parts = [self.network.encode((part.float() / 255).to(like)).cpu() for part in torch.split(images, count)]
+            parts = [self.network.encode(to_unit_range(part).to(like)).cpu() for part in torch.split(images, count)]
             return torch.cat(parts)
 
     def decode(self, tokens: Tensor, *, grid: tuple[int, int] | None = None) -> Tensor:
@@ -355,7 +355,7 @@ def check_stage_folder(folder: Path) -> None:
     Raises:
         FileExistsError: if it has other files.
     """
-    check_only_known(folder, {*_NETWORK_FILES, "pipeline.py"})  # pipeline.py is that of diffusers
+    check_only_known(folder, {*_NETWORK_FILES})
 
 
 def copy_stage_folder(source: Path, folder: Path) -> None:

@@ -19,15 +19,19 @@ from typing import TYPE_CHECKING
 from maskgit_pl.registry import lazy_names
 
 if TYPE_CHECKING:
-    from maskgit_pl.data.tokenize_options import TokenizeOptions
+    from maskgit_pl.data.token_store import TokenizeOptions
     from maskgit_pl.runs.doctor import Preflight, preflight
-    from maskgit_pl.runs.fitting import FitResult, export, fit
+    from maskgit_pl.runs.exporting import export
+    from maskgit_pl.runs.fitting import FitResult, fit
     from maskgit_pl.runs.plan import Machines, Plan, plan_run
     from maskgit_pl.runs.recipe import Recipe
     from maskgit_pl.runs.slurm import JobOptions, Submission, plan_submission, submit
     from maskgit_pl.runs.tokenizing import tokenize
+    from maskgit_pl.runs.variants import AblationConfig, Factor
 
 __all__ = [
+    "AblationConfig",
+    "Factor",
     "FitResult",
     "JobOptions",
     "Machines",
@@ -47,10 +51,12 @@ __all__ = [
 
 _NAMES = {  # by module
     "doctor": ("Preflight", "preflight"),
-    "fitting": ("FitResult", "export", "fit"),
+    "exporting": ("export",),
+    "fitting": ("FitResult", "fit"),
     "plan": ("Machines", "Plan", "plan_run"),
     "recipe": ("Recipe",),
     "slurm": ("JobOptions", "Submission", "plan_submission", "submit"),
     "tokenizing": ("TokenizeOptions", "tokenize"),
+    "variants": ("AblationConfig", "Factor"),
 }
 __getattr__ = lazy_names(__name__, {name: module for module, names in _NAMES.items() for name in names})

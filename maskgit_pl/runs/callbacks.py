@@ -1,6 +1,6 @@
 """The interface of the callbacks that a recipe names, and those that report progress, pictures and bad images.
 
-A recipe has ``callbacks: [NAME]`` for one of another package. ``runs.build`` adds it after those that every run has.
+A recipe has ``callbacks: [NAME]`` for one of another package. ``runs.fitting`` adds it after those that every run has.
 """
 
 from __future__ import annotations
@@ -10,13 +10,12 @@ import logging
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from PIL import Image
-from torch import Tensor
 
 from maskgit_pl.data.loader import UnreadableImages
 from maskgit_pl.files import try_write_text
@@ -100,24 +99,15 @@ class SamplePictures(Callback):
     """A callback that writes ``samples.png`` after each validation of stage 2, always with the same classes and seeds.
 
     Every rank samples tokens, since sharded networks must run the same number of forward passes on each rank.
-    Only rank 0 turns the tokens into pixels and writes the picture. A network with conditioning vectors gets
-    those of validation samples of the classes.
+    Only rank 0 turns the tokens into pixels and writes the picture.
 
     Args:
         folder: Folder of the stage.
         class_names: Names of all classes; up to 10 evenly spaced classes are shown, with 8 images each.
-        find_vectors: Returns the vectors (B, C) of B labels and seeds; None for a network without conditioning vectors.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        *,
-        class_names: Sequence[str],
-        find_vectors: Callable[[Sequence[int], Sequence[int]], Tensor] | None = None,
-    ) -> None:
+    def __init__(self, folder: Path, *, class_names: Sequence[str]) -> None:
         self.folder = folder
-        self.find_vectors = find_vectors
         count = min(len(class_names), _MOST_CLASSES)
         classes = [number * len(class_names) // count for number in range(count)]
         self.captions = [class_names[label] for label in classes]
@@ -129,8 +119,7 @@ class SamplePictures(Callback):
             return
         model = cast("TokenModel", pl_module)
         # Every rank runs all steps: with FSDP2, each forward pass is a collective.
-        vectors = {} if self.find_vectors is None else {"vectors": self.find_vectors(self.labels, self.seeds)}
-        (last,) = deque(model.sample(self.labels, self.seeds, **vectors), maxlen=1)  # keeps no other step in memory
+        (last,) = deque(model.sample(self.labels, self.seeds), maxlen=1)  # keeps no other step in memory
         if trainer.is_global_zero:
             images = model.tokenizer.decode(last.tokens)
             picture = image_grid(images, columns=_IMAGES_PER_CLASS, row_captions=self.captions)

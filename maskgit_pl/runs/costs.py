@@ -216,7 +216,10 @@ def _run_tokenizer_step(
         size = height_width(twin.config.image_size)
         content = torch.empty(images, twin.config.network.in_channels, *size, dtype=torch.uint8)
         number = torch.zeros(images, dtype=torch.int64)
-        twin.replay_step(Batch(content, number, number, number, number, number == 0), step=step)
+        batch = Batch(content, number, number, number, number, number == 0)
+        twin.add_gradients(
+            twin.prepare_images(batch, flip_probability=0.0), step=step, backward=torch.autograd.backward
+        )
     return meter
 
 

@@ -11,24 +11,34 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, Unpack
+from typing import Any, Literal, Unpack, get_args
 
 import torch
 
-from maskgit_pl.checks import as_image_size
 from maskgit_pl.data import ShardDataConfig, split_batch
-from maskgit_pl.data.manifest import DataSummary, load_manifest, read_manifest_summary
+from maskgit_pl.data.manifest import Split, read_manifest_summary
 from maskgit_pl.errors import is_user_error
-from maskgit_pl.networks.vqgan import VQGANConfig
-from maskgit_pl.pretrained.networks import read_config
-from maskgit_pl.runs.build import StageRun, build, leave_no_trace
 from maskgit_pl.runs.costs import Encoder, Memory, checkpoint_bytes, step_memory, useful_flops
-from maskgit_pl.runs.fitting import check_run_outputs, describe_batch, describe_start
-from maskgit_pl.runs.layers import merge
-from maskgit_pl.runs.plan import Folders, Machines, Plan, find_data, find_tokenizer, run_folder
-from maskgit_pl.runs.recipe import Recipe
-from maskgit_pl.runs.resolve import choose_precision, merge_recipe_values, merge_values, values_without_data
-from maskgit_pl.runs.settings import resolve
+from maskgit_pl.runs.fitting import build, check_run_outputs, describe_batch, describe_start, leave_no_trace
+from maskgit_pl.runs.plan import (
+    Folders,
+    Inputs,
+    Machines,
+    Plan,
+    find_data,
+    find_tokenizer,
+    merge_values,
+    read_pretrained,
+    read_tokenizer_sizes,
+    run_folder,
+    values_without_data,
+)
+from maskgit_pl.runs.recipe import Recipe, merge
+from maskgit_pl.runs.resolve import (
+    ResolvedRun,
+    choose_precision,
+    resolve,
+)
 from maskgit_pl.text import count_text, parse_size, printable, size_text
 from maskgit_pl.tokenizer.module import Tokenizer
 from maskgit_pl.training.checkpoints import complete_checkpoints
@@ -131,34 +141,35 @@ def preflight(recipe: Recipe, *, machines: Machines | None = None, **folders: Un
     """
     report, machines = Preflight(), machines or Machines()
     nodes, devices = count_devices(machines, recipe)
-    plan, summary = _find_inputs(report, recipe, **folders)
+    plan, inputs = _find_inputs(report, recipe, **folders)
     is_complete = report.ok
     ranks = f"{count_text(nodes, 'node')} x {count_text(devices, 'device')}"
     if nodes > 1 and not os.environ.keys() & {"MASTER_ADDR", "SLURM_JOB_ID"}:
         report.add("ranks", f"{ranks}; without Slurm, export MASTER_ADDR and MASTER_PORT on each node", "warning")
     else:
         report.add("ranks", ranks)
-    stage_run = None
+    built = None
     with report.catch("recipe"), leave_no_trace():
-        stage_run = _build(report, plan, summary, nodes * devices, machines, is_complete=is_complete)
-    if stage_run is None:
+        inputs = replace(inputs, pretrained=read_pretrained(plan))
+        built = _build(report, plan, inputs, nodes * devices, machines, is_complete=is_complete)
+    if built is None:
         return report
-    values, encoder = stage_run.values, None
-    if plan.tokenizer is not None:
-        config = read_config(plan.tokenizer, "tokenizer")
-        encoder = VQGANConfig(**config["network"]), as_image_size(config["image_size"])
-    per_device = _share_batch(report, values.data, summary, nodes * devices)
-    _describe_run(report, stage_run, summary, encoder)
+    values, module = built
+    num_images = None  # a stream does not count them
+    if inputs.data is not None and values.data.source != "stream":
+        num_images = inputs.data.samples["train"]
+    per_device = _share_batch(report, values.data, num_images, nodes * devices)
+    _describe_run(report, plan, values, module, num_images, inputs.tokenizer)
     options: dict[str, Any] = {  # the run was built for one CPU
         "strategy": str(recipe.get("trainer.strategy") or "auto"),
         "ranks": nodes * devices,
         "precision": values.trainer.precision,
-        "encoder": encoder,
+        "encoder": inputs.tokenizer,
         "encodes": values.data.source != "tokens",
     }
     with report.count("memory"):
-        _check_memory(report, stage_run.model, options, per_device, _device_memory(machines))
-    _check_disk(report, stage_run)
+        _check_memory(report, module, options, per_device, _device_memory(machines))
+    _check_disk(report, plan, values, module)
     return report
 
 
@@ -187,37 +198,37 @@ def _find_inputs(
     data: str | Path | None = None,
     tokenizer: str | Path | None = None,
     pretrained: str | Path | None = None,
-) -> tuple[Plan, DataSummary | None]:
-    """Finds the folders of a run. A missing folder is a failure, and its expected path stays in the plan."""
-    plan, summary = Plan(recipe, shards=Path(data or ""), folder=run_folder(recipe, run)), None
+) -> tuple[Plan, Inputs]:
+    """Finds data and tokenizer of a run. A missing folder is a failure, and its expected path stays in the plan."""
+    plan, inputs = Plan(recipe, shards=Path(data or ""), folder=run_folder(recipe, run)), Inputs()
     with report.catch("data"):
         plan = replace(plan, shards=find_data(recipe, data))
+        summary = read_manifest_summary(plan.shards)
         if recipe.get("data.source") != "stream":
-            for split in ("train", "val"):
-                load_manifest(plan.shards, split)
-            summary = read_manifest_summary(plan.shards)
+            for split in get_args(Split):
+                summary.manifest(split)
             counts = ", ".join(f"{count:,} {split}" for split, count in summary.samples.items())
             report.add("data", f"{plan.shards}: {counts}; {count_text(summary.num_classes, 'class')}")
+        inputs = replace(inputs, data=summary)
     if plan.stage == "transformer":
         with report.catch("tokenizer"):
             found = find_tokenizer(
                 recipe, folder=plan.folder, shards=plan.shards, tokenizer=tokenizer, pretrained=pretrained
             )
-            codes = VQGANConfig(**read_config(found, "tokenizer")["network"]).codebook_size
-            plan = replace(plan, tokenizer=found)
-            report.add("tokenizer", f"{found}: {count_text(codes, 'code')}")
-    return replace(plan, pretrained=None if pretrained is None else Path(pretrained) / plan.stage), summary
+            sizes, image_size = read_tokenizer_sizes(found)
+            plan, inputs = replace(plan, tokenizer=found), replace(inputs, tokenizer=(sizes, image_size))
+            report.add("tokenizer", f"{found}: {count_text(sizes.codebook_size, 'code')}")
+    return replace(plan, pretrained=None if pretrained is None else Path(pretrained) / plan.stage), inputs
 
 
 def _build(
-    report: Preflight, plan: Plan, summary: DataSummary | None, ranks: int, machines: Machines, *, is_complete: bool
-) -> StageRun:
-    """Builds a run on one CPU, with the precision of its own devices: as training does, or only from its recipe."""
+    report: Preflight, plan: Plan, inputs: Inputs, ranks: int, machines: Machines, *, is_complete: bool
+) -> tuple[ResolvedRun, Tokenizer | TokenModel]:
+    """Builds a module on one CPU, with the precision of its own devices: as training does, or only from its recipe."""
     recipe = plan.recipe
     missing = {"path": str(plan.shards), "tokenizer": str(plan.tokenizer or "missing")}
     instead = values_without_data(plan.stage, token_store=str(plan.folder / "tokens"), **missing)
-    recipe_values = merge_recipe_values(plan) if summary is None else merge_values(plan)
-    values = resolve(recipe.kind, merge([instead, recipe_values]))
+    values = resolve(recipe.kind, merge([instead, merge_values(plan, inputs)]))
     trainer = values.trainer
     on_gpu = machines.device_memory is not None and trainer.accelerator != "cpu"
     precision = choose_precision(trainer, values.model.network, plan.stage, plan.stage_folder, on_gpu=on_gpu)
@@ -225,42 +236,49 @@ def _build(
         check_strategy(trainer.strategy, values.model, stage=recipe.stage, ranks=ranks)
         report.add("strategy", f"{trainer.strategy}, {precision}")
     if not is_complete:
-        run = StageRun(plan, replace(values, trainer=replace(trainer, precision=precision)))
+        module = values.module(values.model)
         report.add("recipe", "keys, types and names are valid")
-        return run
+        return replace(values, trainer=replace(trainer, precision=precision)), module
     on_cpu = {"accelerator": "cpu", "devices": 1, "num_nodes": 1, "strategy": "auto", "precision": precision}
-    run = build(replace(plan, recipe=recipe.with_overrides({f"trainer.{key}": on_cpu[key] for key in on_cpu})))
+    recipe = recipe.with_overrides({f"trainer.{key}": on_cpu[key] for key in on_cpu})
+    run = build(replace(plan, recipe=recipe), inputs=inputs)
     if run.datamodule.stream is None:
         run.datamodule.setup()
     report.add("recipe", "module, data and tokenizer fit together")
     if run.datamodule.enlarging is not None:
         report.add("image size", run.datamodule.enlarging, "warning")
-    return run
+    return run.values, run.model
 
 
-def _share_batch(report: Preflight, data: ShardDataConfig, summary: DataSummary | None, ranks: int) -> int:
+def _share_batch(report: Preflight, data: ShardDataConfig, num_images: int | None, ranks: int) -> int:
     """Divides the global batch among the ranks, and returns the samples of a micro-batch."""
     with report.catch("batch"):
-        is_small = summary is not None and summary.samples["train"] < data.global_batch
+        is_small = num_images is not None and num_images < data.global_batch
         more = "; a step needs more samples than the train split has" if is_small else ""
         report.add("batch", describe_batch(data, ranks) + more, "warning" if is_small else "ok")
         return split_batch(data.global_batch, data.max_batch_per_device, ranks)[0]
     return data.max_batch_per_device
 
 
-def _describe_run(report: Preflight, run: StageRun, summary: DataSummary | None, encoder: Encoder | None) -> None:
+def _describe_run(
+    report: Preflight,
+    plan: Plan,
+    values: ResolvedRun,
+    module: TokenModel | Tokenizer,
+    num_images: int | None,
+    encoder: Encoder | None,
+) -> None:
     """Adds what training will do, the size of the model and the work of a step."""
-    values, rate = run.values, run.values.model.optimizer.learning_rate
-    batch, steps = values.data.global_batch, values.trainer.max_steps
-    report.add("run", describe_start(run.folder, steps))
-    epochs = "" if summary is None else f", {steps * batch / summary.samples['train']:,.1f} epochs"
+    rate, batch, steps = values.model.optimizer.learning_rate, values.data.global_batch, values.trainer.max_steps
+    report.add("run", describe_start(plan.stage_folder, steps))
+    epochs = "" if num_images is None else f", {steps * batch / num_images:,.1f} epochs"
     rates = f"learning rate {rate.peak:g} after {rate.warmup_steps} steps, then {rate.decay}"
     report.add("steps", f"{count_text(steps, 'step')}{epochs}; {rates}, not rescaled by the number of devices")
-    report.num_parameters = sum(each.numel() for each in run.model.parameters() if each.requires_grad)
+    report.num_parameters = sum(each.numel() for each in module.parameters() if each.requires_grad)
     work = ""
     with report.count("work"):
         reads_tokens = values.data.source == "tokens"
-        report.step_flops = useful_flops(run.model, global_batch=batch, encoder=None if reads_tokens else encoder)
+        report.step_flops = useful_flops(module, global_batch=batch, encoder=None if reads_tokens else encoder)
         work = f", {report.step_flops / 1e12:.3g} TFLOP per step"
     report.add("model", f"{report.num_parameters:,} trained parameters{work}")
 
@@ -294,21 +312,20 @@ def _check_memory(
     report.add("memory", f"{rule}; {hint}; --model.activation_checkpointing=blocks saves memory", "FAIL")
 
 
-def _check_disk(report: Preflight, run: StageRun) -> None:
+def _check_disk(report: Preflight, plan: Plan, values: ResolvedRun, module: TokenModel | Tokenizer) -> None:
     """Checks that the run folder is writable, and that its disk has room for the checkpoints to come."""
-    values, checkpoints = run.values, run.plan.checkpoints
     # The newest are kept while another one is written, and so are all that ``keep_every`` protects.
     kept = values.keep_last + 1 + (values.trainer.max_steps // values.keep_every if values.keep_every else 0)
     most = min(kept, -(-values.trainer.max_steps // values.checkpoint_every))
-    count, size = max(1, most - len(complete_checkpoints(checkpoints))), checkpoint_bytes(run.model)
-    existing = next(parent for parent in checkpoints.absolute().parents if parent.exists())
+    count, size = max(1, most - len(complete_checkpoints(plan.checkpoints))), checkpoint_bytes(module)
+    existing = next(parent for parent in plan.checkpoints.absolute().parents if parent.exists())
     free = shutil.disk_usage(existing).free
     text = (
         f"{existing}: {size_text(count * size)} for {count_text(count, 'checkpoint')} of {size_text(size)}, "
         f"{size_text(free)} free"
     )
     with report.catch("disk"):
-        check_run_outputs(run.plan)
+        check_run_outputs(plan)
         if free < count * size:
             raise ValueError(f"{text}; free space, name another --runs-folder, or lower keep_last or raise keep_every")
         report.add("disk", text)

@@ -1,55 +1,329 @@
-"""``fit`` trains a stage of a run and exports it, ``export`` exports a checkpoint.
+"""Builds module, data and Trainer of a stage from its plan, trains it, and exports it.
 
-``maskgit train`` and ``maskgit export`` call them.
+``maskgit train`` calls ``fit``. ``exporting``, ``slurm`` and ``doctor`` only ``build`` a run, which trains nothing.
 """
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import os
 import sys
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, field
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Unpack
+from typing import Any, Unpack
 
 import torch
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
-from torch import Tensor
+from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.profilers import Profiler, PyTorchProfiler, SimpleProfiler
 
-from maskgit_pl.data import ShardDataConfig, split_batch
+from maskgit_pl.data import ShardData, ShardDataConfig, split_batch
 from maskgit_pl.devices import describe_environment
+from maskgit_pl.errors import is_user_error
 from maskgit_pl.files import check_writable, read_json, write_text
 from maskgit_pl.folders import hold_lock
-from maskgit_pl.networks.weights import load_weights
+from maskgit_pl.networks.weights import ZeroWeights
 from maskgit_pl.pipeline.card import write_card
 from maskgit_pl.pretrained.networks import check_stage_folder, fingerprint, has_weights_of
-from maskgit_pl.processes import catch_stop_signals
-from maskgit_pl.runs.build import StageRun, build, restore_process_state
-from maskgit_pl.runs.plan import Folders, Plan, find_data, folder_of, plan_run
-from maskgit_pl.runs.recipe import STAGES, Recipe, Stage
-from maskgit_pl.runs.resolve import AUTO, config_text
+from maskgit_pl.processes import catch_stop_signals, hide_launcher
+from maskgit_pl.runs.callbacks import (
+    ProgressLines,
+    ReconstructionPictures,
+    SamplePictures,
+    UnreadableReport,
+    callbacks,
+)
+from maskgit_pl.runs.plan import Folders, Inputs, Plan, merge_values, plan_run, read_inputs
+from maskgit_pl.runs.recipe import Recipe, config_text
+from maskgit_pl.runs.resolve import (
+    AUTO,
+    ResolvedRun,
+    TokenizerRun,
+    choose_precision,
+    fixed_settings,
+    free_keys,
+    list_changes,
+    resolve,
+)
 from maskgit_pl.text import count_text
 from maskgit_pl.tokenizer.module import Tokenizer
 from maskgit_pl.training.checkpoints import (
+    Checkpoints,
     FolderCheckpointIO,
-    SavedTensor,
-    complete_checkpoints,
     newest_checkpoint,
+    read_settings,
     step_of,
 )
+from maskgit_pl.training.health import HealthMonitor
+from maskgit_pl.training.loggers import TolerantLogger, loggers
+from maskgit_pl.training.speed import SpeedMonitor
+from maskgit_pl.training.stopping import StepCheck, Watchdog, disable_sigterm_handler
+from maskgit_pl.training.strategies import build_strategy, check_strategy
+from maskgit_pl.transformer.token_model import TokenModel
 
 log = logging.getLogger(__name__)
 
+_WEIGHTS = ("tokenizer", "teacher")  # keys of the pretrained folders that a module of stage 2 uses
 _EXPORTED = "exported.json"  # in the stage folder: the exported step, and the hash of the export
-# Overrides of the run's settings: a single process on this machine, without the trackers and parts of its training.
-_HERE = (
-    "--trainer.accelerator=cpu", "--trainer.strategy=auto", "--trainer.devices=1", "--trainer.num_nodes=1",
-    "--loggers=[]", "--callbacks=[]", "--profiler=null",
-)  # fmt: skip
+
+# Warnings of Lightning and torch that every run triggers and no user can act on.
+_EXPECTED_WARNINGS = (
+    r"Found \d+ module\(s\) in eval mode at the start of training",  # the moving averages
+    r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning's own call
+    "The '.*_dataloader' does not have many workers",  # num_workers is the recipe's choice
+    "The number of training batches .* is smaller than the logging interval",  # we count steps across epochs
+    "Checkpoint directory .* exists and is not empty",  # a run that resumes
+    "`srun` command is available",  # on a login node of Slurm
+)
+
+
+@contextmanager
+def restore_process_state() -> Iterator[None]:
+    """Restores, at its end, what building and training a run change in the process, and frees the memory of the run.
+
+    A later stage or a notebook then computes as in a new process. Also a decorator of a function. Variables of
+    the environment that Lightning sets stay.
+    """
+    lightning, cudnn = logging.getLogger("lightning.pytorch"), torch.backends.cudnn
+    level, threads, precision = lightning.level, torch.get_num_threads(), torch.get_float32_matmul_precision()
+    allow_tf32, benchmark = cudnn.allow_tf32, cudnn.benchmark
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    report_thread_error = threading.excepthook
+    has_cuda = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]  # torch: untyped
+    devices = range(torch.cuda.device_count()) if has_cuda else ()
+    try:
+        threading.excepthook = partial(_skip_tensorboard, report_thread_error)
+        with warnings.catch_warnings(), torch.random.fork_rng(devices):
+            yield
+    finally:
+        threading.excepthook = report_thread_error
+        lightning.setLevel(level)
+        torch.set_num_threads(threads)
+        torch.set_float32_matmul_precision(precision)
+        cudnn.allow_tf32, cudnn.benchmark = allow_tf32, benchmark
+        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+        gc.collect()  # module, data and Trainer refer to one another
+
+
+def _skip_tensorboard(report: Callable[[Any], object], error: threading.ExceptHookArgs) -> None:
+    """Reports the error of a thread, except that of TensorBoard's writer, which ``TolerantLogger`` reports."""
+    if not type(error.thread).__module__.startswith("tensorboard."):
+        report(error)
+
+
+@dataclass(frozen=True)
+class StageRun:
+    """A stage of a run that is ready to train. Made by ``build``.
+
+    Args:
+        plan: Folders of the run, and the stage.
+        values: All values of the run, with the chosen precision.
+        datamodule: Data of the stage.
+        model: Module of the stage.
+        trainer: The Trainer.
+        checkpoints: Callback that writes checkpoints; its ``settings`` must not change when the run resumes.
+        watchdog: Callback that ends a run that hangs.
+    """
+
+    plan: Plan
+    values: ResolvedRun
+    datamodule: ShardData
+    model: Tokenizer | TokenModel
+    trainer: Trainer
+    checkpoints: Checkpoints
+    watchdog: Watchdog
+
+
+def resolve_run(plan: Plan, inputs: Inputs) -> ResolvedRun:
+    """Builds all values of a run , with the chosen precision.
+
+    Raises:
+        ValueError: see ``resolve``.
+    """
+    values = resolve(plan.recipe.kind, merge_values(plan, inputs))
+    precision = choose_precision(values.trainer, values.model.network, plan.stage, plan.stage_folder)
+    return replace(values, trainer=replace(values.trainer, precision=precision))
+
+
+def build(plan: Plan, callbacks: Sequence[Callback] = (), *, inputs: Inputs | None = None) -> StageRun:
+    """Builds module, data and Trainer of a run, and divides its global batch among the devices. Trains nothing.
+
+    It changes settings of the process, such as the threads of torch, which the training needs: call it inside
+    of ``restore_process_state``.
+
+    Args:
+        plan: Folders of the run, and the stage.
+        callbacks: Callbacks of the Trainer, beside those of the recipe.
+        inputs: What the run reads first; None reads it.
+
+    Raises:
+        FileNotFoundError: if a file is missing.
+        ValueError: if the recipe is invalid, data or tokenizer do not fit, the settings of the run have changed since
+            its last checkpoint, the stage does not support the strategy or the precision, or the devices do not exist.
+    """
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # hide its tips and device lists
+    for message in _EXPECTED_WARNINGS:
+        warnings.filterwarnings("ignore", message=f".*{message}")
+    inputs = inputs or read_inputs(plan)
+    values = resolve_run(plan, inputs)
+    # Threads and precision of torch come before any computation.
+    if values.cpu_threads is not None:
+        torch.set_num_threads(values.cpu_threads)
+    torch.set_float32_matmul_precision(values.matmul_precision)
+    torch.backends.cudnn.allow_tf32 = values.matmul_precision != "highest"  # for convolutions
+    # Only initial weights use torch's generator: all other random numbers are functions of the recipe's seed.
+    torch.manual_seed(values.data.seed)
+    data, module = ShardData(values.data, inputs.data), values.module(values.model)
+    weights = {name: fingerprint(getattr(values.model, name)) for name in _WEIGHTS if hasattr(values.model, name)}
+    fixed = fixed_settings(values.tree, free=free_keys(values.model), data=data.fingerprint, **weights)
+    _check_unchanged(plan, fixed)
+    watchdog = Watchdog(plan.stage_folder, seconds=values.hang_seconds)
+    checkpoints = Checkpoints(
+        plan.checkpoints,
+        every_n_steps=values.checkpoint_every,
+        keep_last=values.keep_last,
+        keep_every=values.keep_every,
+        settings=fixed,
+    )
+    run_callbacks = _build_callbacks(plan, values, data, (StepCheck(checkpoints), watchdog, checkpoints), callbacks)
+    trainer = _build_trainer(plan, values, run_callbacks, longest_wait=watchdog.longest_limit)
+    if trainer.max_steps < 1:
+        raise ValueError(f"trainer.max_steps must be >= 1, got {trainer.max_steps}; a run ends at this step")
+    _, accumulation = split_batch(data.config.global_batch, data.config.max_batch_per_device, trainer.world_size)
+    if isinstance(module, TokenModel):
+        trainer.accumulate_grad_batches = accumulation
+        _check_data_fit(module, data)
+    else:
+        # Stage 1 optimizes manually, so the Trainer must not accumulate.
+        module.accumulation = accumulation
+    # Steps in a recipe, but micro-batches in Lightning.
+    if isinstance(trainer.val_check_interval, int):
+        trainer.val_check_interval *= accumulation
+    return StageRun(plan, values, data, module, trainer, checkpoints, watchdog)
+
+
+def build_without_weights(plan: Plan) -> tuple[ResolvedRun, Tokenizer | TokenModel]:
+    """Checks all values of a run, and returns them and its module with weights of zero.
+
+    No file is written, and the process-wide settings of torch stay as they are.
+
+    Raises:
+        ValueError: if a value is missing, out of range or unknown. The message names the key.
+    """
+    with leave_no_trace():
+        values = resolve_run(plan, read_inputs(plan))
+        return values, values.module(values.model)
+
+
+@contextmanager
+def leave_no_trace() -> Iterator[None]:
+    """Builds runs of its context outside a launcher, with weights of zero and without warnings for a training."""
+    with hide_launcher(), restore_process_state(), ZeroWeights():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _check_unchanged(plan: Plan, fixed: Mapping[str, Any]) -> None:
+    """Compares the fixed settings of a run with those of its newest checkpoint."""
+    newest = newest_checkpoint(plan.checkpoints)
+    if newest is not None and (changed := list_changes(read_settings(newest), fixed)):
+        raise ValueError(
+            f"cannot resume {plan.stage_folder} from step {step_of(newest)}: settings changed "
+            f"({', '.join(changed)}). Restore them, or start a new run with --run; "
+            "--pretrained starts it from existing weights"
+        )
+
+
+def _check_data_fit(module: TokenModel, data: ShardData) -> None:
+    """Checks that a module of stage 2 has the classes of its data and no vectors, and its tokenizer their tokens."""
+    for key, expected in (("num_classes", data.num_classes), ("condition_dim", 0)):
+        if (value := getattr(module.config.network, key)) != expected:
+            raise ValueError(
+                f"model.network.{key} must be {expected} for {data.config.path}, got {value}; leave the key out or "
+                "use other data"
+            )
+    tokenizer = module.tokenizer  # raises if it does not fit the model
+    data.require_tokenizer(
+        tokenizer.fingerprint, grid=tokenizer.grid, codebook_size=tokenizer.network.config.codebook_size
+    )
+
+
+def _build_trainer(plan: Plan, values: ResolvedRun, run_callbacks: list[Callback], *, longest_wait: float) -> Trainer:
+    """Builds the Trainer with our checkpoint format and strategies."""
+    settings = values.trainer
+    if plan.stage == "tokenizer" and settings.gradient_clip_val is not None:
+        raise ValueError("trainer.gradient_clip_val cannot be set for the tokenizer: set model.gradient_clip")
+    profilers: dict[str, type[Profiler]] = {"simple": SimpleProfiler, "pytorch": PyTorchProfiler}
+    profiler = profilers.get(values.profiler or "")
+    ours = {
+        "strategy": build_strategy(settings.strategy, longest_wait=longest_wait),
+        "profiler": None if profiler is None else profiler(dirpath=plan.stage_folder, filename="profile"),
+        "logger": _build_loggers(plan, values),
+        "callbacks": run_callbacks,
+        "plugins": [FolderCheckpointIO()],
+        "default_root_dir": plan.stage_folder,
+        "use_distributed_sampler": False,  # the data module divides the global order itself
+        "enable_model_summary": False,
+        "enable_progress_bar": sys.stdout.isatty(),
+        # Runs are counted in steps: epochs neither end a run nor start a validation.
+        "max_epochs": -1,
+        "check_val_every_n_epoch": None,
+        "enable_checkpointing": True,
+    }
+    try:
+        trainer = Trainer(**{**asdict(settings), **ours})
+    except (MisconfigurationException, ModuleNotFoundError, TypeError, ValueError) as error:
+        if is_user_error(error):
+            raise
+        raise ValueError(
+            f"trainer: accelerator {settings.accelerator!r} with devices {settings.devices!r} is not available on this "
+            f"machine ({' '.join(str(error).split())}); choose others with --trainer.accelerator and "
+            "--trainer.devices, or use a machine that has them, with a torch that is built for them"
+        ) from error
+    check_strategy(settings.strategy, values.model, stage=plan.stage, ranks=trainer.world_size)
+    # A signal sets a flag that the ranks exchange once a step.
+    disable_sigterm_handler(trainer)
+    return trainer
+
+
+def _build_loggers(plan: Plan, values: ResolvedRun) -> list[TolerantLogger]:
+    """Builds the loggers of the recipe, and checks that they can be used, before anything is trained."""
+    built = list[TolerantLogger]()
+    for spec in values.loggers:
+        name = spec if isinstance(spec, str) else str(spec.get("name"))
+        if name in (other.name for other in built):  # both would continue the run in NAME-run.txt
+            raise ValueError(f"loggers must name each logger once, got {name!r} twice; remove one of them")
+        tracker = loggers.build(spec)
+        tracker.check()
+        built.append(TolerantLogger(tracker, plan.stage_folder, name=name, settings=values.tree))
+    return built
+
+
+def _build_callbacks(
+    plan: Plan, values: ResolvedRun, data: ShardData, saving: Sequence[Callback], more: Sequence[Callback]
+) -> list[Callback]:
+    """Builds the callbacks of a run in their order, with those that save and end it, and with ``more`` of Python."""
+    folder = plan.stage_folder
+    # A progress bar for a terminal, lines for a log file.
+    progress: Callback = RichProgressBar() if sys.stdout.isatty() else ProgressLines()
+    pictures: Callback = ReconstructionPictures(folder)
+    if plan.stage == "transformer":
+        pictures = SamplePictures(folder, class_names=data.class_names)
+    # Health comes first: another callback may save a step and end the run. Speed comes last, so that it
+    # does not count the pictures after a validation.
+    health = [HealthMonitor()] if isinstance(values, TokenizerRun) else []
+    named = [callbacks.build(spec).create(folder) for spec in values.callbacks]
+    return [*health, *saving, progress, pictures, UnreadableReport(folder), *named, *more, SpeedMonitor(folder)]
 
 
 @dataclass(frozen=True)
@@ -106,79 +380,6 @@ def fit(recipe: Recipe, *, callbacks: Sequence[Callback] = (), **folders: Unpack
         raise
 
 
-def export(
-    run: str | Path,
-    *,
-    stage: Stage | None = None,
-    step: int | None = None,
-    data: str | Path | None = None,
-    out: str | Path | None = None,
-    replace: bool = False,
-) -> Path:
-    """Writes the averaged weights of a checkpoint as a pretrained folder, as training does at its end.
-
-    A transformer that is written to another folder than ``RUN/pretrained`` gets a copy of its tokenizer
-    there, so that the folder can be sampled from, or serve as the negative model of guidance.
-
-    Args:
-        run: A name in ``runs/``, or a folder.
-        stage: Stage to export. Default: each stage with a checkpoint.
-        step: Step of the checkpoint. Default: the newest one.
-        data: Data folder of the run, if it has moved.
-        out: Pretrained folder. Default: ``RUN/pretrained``.
-        replace: True replaces an earlier export.
-
-    Returns:
-        The pretrained folder.
-
-    Raises:
-        FileNotFoundError: if run, stage, checkpoint, data or tokenizer do not exist.
-        FileExistsError: if the folder holds an export, and ``replace`` is False or there are other files in it.
-        ValueError: if a checkpoint is incomplete, the folder is not writable, or another process writes it.
-    """
-    folder = folder_of(run)
-    out = folder / "pretrained" if out is None else Path(out)
-    stages = [stage] if stage else [part for part in STAGES if (folder / part / "checkpoints").is_dir()]
-    if not stages:
-        raise FileNotFoundError(f"run {folder} has no stage with checkpoints; name a run folder, such as runs/NAME")
-    check_writable("--out", out, is_folder=True)
-    # Locked before it is checked, so that of two processes one is refused.
-    with hold_lock(out, hint="give another --out"):
-        for part in stages:
-            if (out / part).exists() and not replace:
-                raise FileExistsError(f"{out / part} exists; replace it with --replace, or write elsewhere with --out")
-            check_stage_folder(out / part)
-        # Everything is found before anything is written.
-        plans = [_plan(folder, part, data, out) for part in stages]
-        chosen = [_checkpoint(plan, step) for plan in plans]
-        for plan, checkpoint in zip(plans, chosen, strict=True):
-            _export_checkpoint(plan, checkpoint, out)
-    return out
-
-
-def _plan(folder: Path, stage: Stage, data: str | Path | None, out: Path) -> Plan:
-    """Plans the stage as it was trained, but for a single process; data and tokenizer may have moved."""
-    config = folder / stage / "config.yaml"
-    recipe = Recipe.from_run(stage, config, _HERE)
-    shards, tokenizer = find_data(recipe, data), None
-    if stage == "transformer":
-        # The tokenizer may have moved with the run, or was exported to the same folder before.
-        places = [Path(recipe.paths["model.tokenizer"]), folder / "pretrained" / "tokenizer", out / "tokenizer"]
-        tokenizer = next((path for path in places if (path / "config.json").is_file()), places[0])
-    return Plan(recipe, shards, folder, tokenizer)
-
-
-def _checkpoint(plan: Plan, step: int | None) -> Path:
-    """Returns the complete checkpoint of a step, or the newest one."""
-    complete = {step_of(path): path for path in complete_checkpoints(plan.checkpoints)}
-    if not complete or step not in {None, *complete}:
-        raise FileNotFoundError(
-            f"{plan.checkpoints} must hold a complete checkpoint{'' if step is None else f' of step {step}'}, got "
-            f"steps: {', '.join(map(str, complete)) or 'none'}; name one with --step, or the other stage with --stage"
-        )
-    return complete[max(complete) if step is None else step]
-
-
 @restore_process_state()
 def fit_stage(plan: Plan, callbacks: Sequence[Callback] = ()) -> FitResult:
     """Trains a stage and exports it; does nothing if the run is finished. See ``fit`` for errors."""
@@ -195,20 +396,6 @@ def fit_stage(plan: Plan, callbacks: Sequence[Callback] = ()) -> FitResult:
         _fit(run)
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
     return FitResult(plan.folder, trainer.global_step, metrics=metrics)
-
-
-@restore_process_state()
-def _export_checkpoint(plan: Plan, checkpoint: Path, out: Path) -> None:
-    """Exports the averaged weights of a checkpoint, which any number of ranks wrote, by a plan of one CPU process."""
-    run = build(plan)
-
-    def only_weights(key: str, saved: SavedTensor) -> Tensor:
-        # Optimizer states are not read.
-        return saved.read_all() if key.startswith("/state_dict/") else torch.empty(0)
-
-    load_weights(run.model, FolderCheckpointIO().load_pieces(checkpoint, only_weights)["state_dict"], checkpoint)
-    log.info("%s: %s", plan.stage_folder, checkpoint.name)
-    _export(run, out, step=step_of(checkpoint))
 
 
 def describe_start(stage_folder: Path, max_steps: int) -> str:
@@ -271,16 +458,16 @@ def _fit(run: StageRun) -> None:
     run.checkpoints.resumes_from = newest
     with run.watchdog.watch(trainer):
         trainer.fit(run.model, datamodule=run.datamodule, ckpt_path=newest)
-        _export(run, plan.folder / "pretrained", step=trainer.global_step)
+        export_run(run, plan.folder / "pretrained", step=trainer.global_step)
         # Launchers end the remaining ranks soon after the first one exits, so all exit together.
         trainer.strategy.barrier("exported")
 
 
 def _write_records(run: StageRun) -> None:
     """Writes the resolved recipe and the environment of a run, so that it can be repeated."""
-    plan, recipe = run.plan, run.plan.recipe
-    run.folder.mkdir(parents=True, exist_ok=True)
-    write_text(run.folder / "config.yaml", config_text(run.values))
+    plan, recipe, folder = run.plan, run.plan.recipe, run.plan.stage_folder
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / "config.yaml", config_text(run.values.tree))
     environment = {
         "command": sys.argv,
         "recipe": recipe.names,
@@ -291,25 +478,25 @@ def _write_records(run: StageRun) -> None:
     }
     if plan.pretrained is not None:
         environment["pretrained"] = {"folder": str(plan.pretrained), "sha256": fingerprint(plan.pretrained)}
-    write_text(run.folder / "environment.json", json.dumps(environment, indent=2) + "\n")
+    write_text(folder / "environment.json", json.dumps(environment, indent=2) + "\n")
 
 
 def _log_start(run: StageRun, newest: Path | None) -> None:
     """Logs the starting point of the run, its precision and its batch."""
-    plan = run.plan
+    plan, folder = run.plan, run.plan.stage_folder
     if plan.pretrained is not None and newest is None:
-        log.info("%s: starts from the weights of %s", run.folder, plan.pretrained)
+        log.info("%s: starts from the weights of %s", folder, plan.pretrained)
     if plan.recipe.get("trainer.precision") == AUTO and run.values.trainer.precision != "32-true":
-        log.info("%s: trainer.precision %s: %s", run.folder, AUTO, run.values.trainer.precision)
+        log.info("%s: trainer.precision %s: %s", folder, AUTO, run.values.trainer.precision)
     run.datamodule.warn_if_enlarged()
     if run.datamodule.stream is not None:
-        log.info("%s: the order of a stream is not exact: a resumed run starts another order of shards", run.folder)
+        log.info("%s: trains from trusted URLs; neither the order of samples nor the resume is exact", folder)
     resuming = f"; resuming from {newest.name}" if newest else ""
     batch = describe_batch(run.datamodule.config, run.trainer.world_size)
-    log.info("%s: global batch %s%s", run.folder, batch, resuming)
+    log.info("%s: global batch %s%s", folder, batch, resuming)
 
 
-def _export(run: StageRun, folder: Path, *, step: int) -> None:
+def export_run(run: StageRun, folder: Path, *, step: int) -> None:
     """Writes the averaged weights; must be called on every rank."""
     module = run.model
     if isinstance(module, Tokenizer):
@@ -321,7 +508,7 @@ def _export(run: StageRun, folder: Path, *, step: int) -> None:
     if module.global_rank == 0:
         if folder == run.plan.folder / "pretrained":
             record = {"step": step, "sha256": fingerprint(folder / run.plan.stage)}
-            write_text(run.folder / _EXPORTED, json.dumps(record))
+            write_text(run.plan.stage_folder / _EXPORTED, json.dumps(record))
         log.info("exported %s", folder)
 
 

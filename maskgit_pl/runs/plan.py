@@ -1,22 +1,30 @@
-"""The plan of a run: finds the folders that it reads and writes, from names and from its recipe.
+"""The plan of a run: finds the folders that it reads and writes, and merges the values that it is built from.
 
-Imports no torch, so that wrong names are rejected immediately.
+1. ``plan_run`` finds the folders, from names and from the recipe. It needs no torch, so that wrong names are rejected
+   immediately.
+2. ``read_inputs`` reads what data, tokenizer and initial weights say about the run, and opens each file once.
+3. ``merge_values`` merges values, later over earlier: data and tokenizer, recipe files, sizes of pretrained weights,
+   flags. ``resolve`` builds the typed values from the tree.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
-from maskgit_pl.checks import check_integer
+from maskgit_pl.checks import ImageSize, as_image_size, check_integer
+from maskgit_pl.data.manifest import DataSummary, read_manifest_summary
 from maskgit_pl.data.sources.public import how_to_get
 from maskgit_pl.files import read_yaml
-from maskgit_pl.runs.layers import value_at
-from maskgit_pl.runs.recipe import Recipe, Stage
+from maskgit_pl.runs.recipe import Recipe, Stage, merge, value_at
 from maskgit_pl.text import parse_size
+
+if TYPE_CHECKING:
+    from maskgit_pl.networks.vqgan import VQGANConfig
 
 log = logging.getLogger(__name__)
 
@@ -24,6 +32,14 @@ _RUNS = Path("runs")
 _SHARDS = Path("data/shards")
 SHARED_TOKENS = "tokens"
 """Name of the folder beside the runs that holds their token stores."""
+
+# Stage 2 of few images: fewer steps leave it untrained, and with one view of each image its validation loss rises
+# from the tenth pass on (docs/own-images.md).
+_LEAST_STEPS = 400
+_PASSES_OF_A_VIEW = 10
+_VIEWS = {"augmentations": [{"name": "random_resized_crop", "scale": [0.8, 1.0]}], "views": 8}
+
+_PAPER_SIZES = {"codebook_size": 1024, "num_classes": 1000, "grid": [16, 16]}  # in place of those of data
 
 
 @dataclass(frozen=True)
@@ -202,3 +218,135 @@ def _tokenizers_of(shards: Path, runs: Path) -> list[Path]:
         if (exported / "config.json").is_file() and Path(data).resolve() == shards.resolve():
             tokenizers.append(exported)
     return tokenizers
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What data, tokenizer and initial weights say about a run. Made by ``read_inputs``, which opens each file once.
+
+    Args:
+        data: Summary of the data folder; None if ``doctor`` finds none.
+        tokenizer: Sizes of the tokenizer of stage 2, and of its images in pixels.
+        pretrained: Configuration of the initial weights, if there are any.
+    """
+
+    data: DataSummary | None = None
+    tokenizer: tuple[VQGANConfig, ImageSize] | None = None
+    pretrained: Mapping[str, Any] | None = None
+
+
+def read_inputs(plan: Plan) -> Inputs:
+    """Reads the inputs of a run (step 2 of the module).
+
+    Raises:
+        FileNotFoundError: if a file is missing.
+        ValueError: if a file is damaged, or of another kind.
+    """
+    tokenizer = None if plan.tokenizer is None else read_tokenizer_sizes(plan.tokenizer)
+    return Inputs(read_manifest_summary(plan.shards), tokenizer, read_pretrained(plan))
+
+
+def read_tokenizer_sizes(folder: Path) -> tuple[VQGANConfig, ImageSize]:
+    """Reads the sizes of a pretrained tokenizer and of its images in pixels."""
+    from maskgit_pl.networks.vqgan import VQGANConfig  # torch takes seconds to import
+    from maskgit_pl.pretrained.networks import read_config
+
+    config = read_config(folder, "tokenizer")
+    return VQGANConfig(**config["network"]), as_image_size(config["image_size"])
+
+
+def read_pretrained(plan: Plan) -> dict[str, Any] | None:
+    """Reads the configuration of the initial weights of a run; None if it has none.
+
+    That of a teacher has the decoding that was tuned for it, if there is one.
+    """
+    if plan.pretrained is None:
+        return None
+    from maskgit_pl.pretrained.networks import read_config, read_decoding  # torch takes seconds to import
+
+    config = read_config(plan.pretrained, plan.stage)
+    if plan.recipe.kind == "distillation" and (tuned := read_decoding(plan.pretrained.parent)) is not None:
+        config["decoding"] = asdict(tuned)
+    return config
+
+
+def merge_values(plan: Plan, inputs: Inputs) -> dict[str, Any]:
+    """Merges all values of a run (step 3 of the module). Without data, those of data are left out."""
+    recipe = plan.recipe if inputs.data is None else adapt_to_few_images(plan.recipe, inputs.data)
+    pretrained = {} if inputs.pretrained is None else _values_of_pretrained(plan, inputs.pretrained)
+    return merge([_values_of_data_and_tokenizer(plan, inputs), recipe.base, pretrained, *recipe.flags])
+
+
+def adapt_to_few_images(recipe: Recipe, data: DataSummary) -> Recipe:
+    """Returns the recipe with fewer steps and more views, as ``max_passes`` demands for the number of images.
+
+    ``trainer.max_steps`` is lowered to ``max_passes`` passes over the images, but not below ``_LEAST_STEPS``. The
+    warm-up takes at most a fifth of the steps, and a validation takes place. If more than ``_PASSES_OF_A_VIEW`` passes
+    remain, the token store gets several views of an image, unless the recipe says how it is cropped. Flags override
+    all of this.
+    """
+    passes, batch, source = (recipe.get(key) for key in ("max_passes", "data.global_batch", "data.source"))
+    steps = value_at(recipe.base, "trainer.max_steps")
+    if passes is None or batch is None or steps is None or source == "stream":  # streams do not count their images
+        return recipe
+    images = data.samples["train"]
+    limit = min(steps, max(_LEAST_STEPS, passes * images // batch))
+    lower: dict[str, Any] = {"trainer": {"max_steps": limit}}
+    if every := value_at(recipe.base, "trainer.val_check_interval"):
+        lower["trainer"]["val_check_interval"] = min(every, limit)
+    if warmup := value_at(recipe.base, "model.optimizer.learning_rate.warmup_steps"):
+        lower["model"] = {"optimizer": {"learning_rate": {"warmup_steps": min(warmup, limit // 5)}}}
+    is_cropped = any(recipe.get(f"data.{key}") is not None for key in ("augmentations", "views"))
+    if source == "tokens" and limit * batch > _PASSES_OF_A_VIEW * images and not is_cropped:
+        lower["data"] = _VIEWS
+    return replace(recipe, base=merge([recipe.base, lower]))
+
+
+def values_without_data(stage: Stage, *, path: str = "", token_store: str = "", tokenizer: str = "") -> dict[str, Any]:
+    """Returns values in place of those that data and tokenizer give; the sizes are those of the paper."""
+    values: dict[str, Any] = {"data": {"path": path, "token_store": token_store}}
+    if stage == "transformer":
+        values["model"] = {"tokenizer": tokenizer, "network": dict(_PAPER_SIZES)}
+    return values
+
+
+def _values_of_data_and_tokenizer(plan: Plan, inputs: Inputs) -> dict[str, Any]:
+    """Returns the values that data and tokenizer determine."""
+    if inputs.data is None:
+        return {}
+    if inputs.tokenizer is None:
+        return {"data": {"path": str(plan.shards)}}
+    sizes, image_size = inputs.tokenizer
+    data: dict[str, Any] = {
+        "path": str(plan.shards),
+        "image_size": image_size,
+        "in_channels": sizes.in_channels,
+        "token_store": str(plan.folder / "tokens"),
+    }
+    network = {
+        "codebook_size": sizes.codebook_size,
+        "num_classes": inputs.data.num_classes,
+        "grid": list(sizes.grid(image_size)),
+    }
+    return {"data": data, "model": {"tokenizer": str(plan.tokenizer), "network": network}}
+
+
+def _values_of_pretrained(plan: Plan, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the sizes of the initial weights of a run. They override those of recipe files."""
+    if plan.stage == "tokenizer":
+        network = dict(config["network"])
+        data = {"image_size": config["image_size"], "in_channels": network.pop("in_channels")}
+        return {"data": data, "model": {"network": network}}
+    from maskgit_pl.networks.backbone import DEFAULT_BACKBONE, BackboneConfig  # torch takes seconds to import
+
+    # Not those that tokenizer and data determine, nor those of training. The attention selects the kind of recipe.
+    excluded = {*BackboneConfig.transferable, "codebook_size", "attention"}
+    network = {name: value for name, value in config["network"].items() if name not in excluded}
+    values: dict[str, Any] = {"network": {"backbone": DEFAULT_BACKBONE, **network}}
+    if plan.recipe.kind == "distillation":
+        values |= {
+            "teacher": str(plan.pretrained),
+            "mask_schedule": config["mask_schedule"],
+            "teacher_decoding": config["decoding"],
+        }
+    return {"model": values}

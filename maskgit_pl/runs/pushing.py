@@ -23,13 +23,12 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from maskgit_pl.errors import BAD_INPUT, RunError
 from maskgit_pl.pipeline.card import PLACEHOLDER, describe_folder, model_card
 from maskgit_pl.pipeline.model import MaskGIT
-from maskgit_pl.pipeline.sharing import DIFFUSERS_FILES, FILES, check_diffusers_files, local_folder
+from maskgit_pl.pipeline.sharing import FILES, local_folder
 from maskgit_pl.pretrained.networks import read_config
 from maskgit_pl.text import python_string, shorten
 
 _CARD = "README.md"
-_TEXTS = (*DIFFUSERS_FILES, "LICENSE", "LICENSE.md", "LICENSE.txt")
-_OURS = frozenset({*FILES, *_TEXTS, _CARD})
+_OURS = frozenset({*FILES, "LICENSE", "LICENSE.md", "LICENSE.txt", _CARD})
 
 
 class PushError(RunError):
@@ -56,7 +55,7 @@ class Push:
 def plan_push(model: str | Path, hub_id: str, *, license: str | None = None) -> Push:  # noqa: A002  # the Hub's word
     """Checks a pretrained folder and composes its card. Asks no network.
 
-    1. Find the files that belong to a model, and refuse links and other code in them.
+    1. Find the files that belong to a model, and refuse links among them.
     2. Load the model, which checks every value and every weight.
     3. Take its ``README.md``, or make one, with the name of the repository in the example.
 
@@ -78,7 +77,6 @@ def plan_push(model: str | Path, hub_id: str, *, license: str | None = None) -> 
     # 1.
     folder = local_folder(model)
     files = dict(_find_files(folder))
-    check_diffusers_files(folder)
     # 2.
     MaskGIT.from_pretrained(folder, pack_weights=False)
     # 3.

@@ -1,38 +1,67 @@
 """The recipe of a run: the values of its files and flags, checked and merged into one tree of plain values.
 
-Merge order: base, data set, RECIPE from left to right, cluster, flags. A recipe is only data: numbers,
-strings, lists and mappings with known keys, and names of registered objects. It is parsed exactly once, so
-that no value can name a class, a function or another file to read. ``settings`` checks the values, and
-imports torch and Lightning for it. The ``config.yaml`` of an earlier run is also a recipe.
+Merge order: base, data set, RECIPE from left to right, cluster, flags. Each file and each flag is a ``Layer``. A recipe
+is only data: numbers, strings, lists and mappings with known keys, and names of registered objects. It is parsed
+exactly once, so that no value can name a class, a function or another file to read. The ``config.yaml`` of an earlier
+run is also a recipe.
+
+A flag overrides one value by its dotted key: ``--KEY=VALUE``. Other flags of commands hold numbers, names or
+mappings: their parsers, at the end of this file, take the name of the flag, for errors, and its text.
+
+Imports no torch at its top: ``resolve``, which owns types and ranges, is imported when a recipe is checked.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields, replace
+from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from maskgit_pl.files import read_yaml
+import yaml
+
+from maskgit_pl.checks import WrongValue
+from maskgit_pl.files import check_plain, parse_yaml, read_yaml
 from maskgit_pl.registry import nearest
-from maskgit_pl.runs.layers import (
-    Kind,
-    Layer,
-    Overrides,
-    flag_layer,
-    flag_words,
-    merge,
-    split_flags,
-    value_at,
-    without_keys,
-)
+from maskgit_pl.text import shorten
 
 Stage = Literal["tokenizer", "transformer"]
+Kind = Literal["tokenizer", "transformer", "autoregressive", "distillation"]
+"""The kinds of modules that a recipe trains."""
+Overrides = Sequence[str] | Mapping[str, Any]
+"""Overrides of single recipe values: flags, or a mapping of dotted keys."""
 
 STAGES: tuple[Stage, ...] = ("tokenizer", "transformer")
 DEFAULT_DATASET = "fashion-mnist"
+DERIVED_KEYS = {
+    "model.seed": "data.seed",
+    "model.image_size": "data.image_size",
+    "model.network.in_channels": "data.in_channels",
+    "model.global_batch": "data.global_batch",
+    "model.accumulation": "data.global_batch and data.max_batch_per_device",
+}
+"""Keys of modules that no recipe can set, each with the key that determines it."""
 _PATHS = ("data.path", "data.token_store", "model.tokenizer")
+_HABITS = {"epochs": "max_steps", "max_epochs": "max_steps", "lr": "peak", "batch_size": "global_batch"}  # here
+_COMMAND_PATHS = {"data": {"path": "", "token_store": ""}}  # in place of the paths that a command sets
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The values of one file or flag.
+
+    Args:
+        origin: Name of the file or flag, for messages.
+        tree: Nested mappings of plain values.
+    """
+
+    origin: str
+    tree: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -210,7 +239,220 @@ def _flag_layers(words: Sequence[str]) -> list[Layer]:
 
 
 def _check(kind: Kind, files: Sequence[Layer], flags: Sequence[Layer]) -> dict[str, Any]:
-    """Checks the layers of files together with flags on top of them, and returns the merged values of the files."""
-    from maskgit_pl.runs.settings import check_layers  # lightning and torch take seconds to import
+    """Checks the layers of a recipe, in merge order, and returns the merged values of the files.
 
-    return merge(layer.tree for layer in check_layers(kind, files, flags))
+    Values that data and tokenizer determine may be missing. Ranges of the model are then checked when the run is built.
+    Files are shared with masked models: those of an autoregressive model lose the keys of masking, which flags must
+    not have.
+
+    Raises:
+        ValueError: if a key is unknown or cannot be set, or a value is of a wrong type or out of range. The
+            message names the file or the flag, the key, and the closest known key.
+    """
+    from maskgit_pl.runs.resolve import find_faults, known_keys  # lightning and torch take seconds to import
+
+    def faults(part: Sequence[Layer]) -> list[WrongValue]:
+        return find_faults(kind, merge([_COMMAND_PATHS, *(layer.tree for layer in part)]))
+
+    if kind == "autoregressive":
+        of_masking = known_keys("transformer").keys() - known_keys(kind).keys()
+        files = [Layer(file.origin, without_keys(file.tree, of_masking)) for file in files]
+    layers = [*files, *flags]
+    for number, layer in enumerate(layers, start=1):
+        with _named(layer.origin):
+            network = value_at(merge(part.tree for part in layers[:number]), "model.network")
+            _check_names(layer.tree, known_keys(kind, network))
+    # The types of the files first: a flag must not hide a wrong one, because their values are used without flags, too.
+    for part, kinds in ((files, ("type",)), (layers, ("type", "value"))):
+        wrong = next((fault for fault in faults(part) if fault.kind in kinds), None)
+        if wrong is not None:
+            # The layer from which on the merged layers have the fault.
+            culprit = max(n for n in range(len(part)) if wrong not in faults(part[:n]))
+            with _named(part[culprit].origin):
+                raise ValueError(wrong.text)
+    return merge(file.tree for file in files)
+
+
+@contextmanager
+def _named(origin: str) -> Iterator[None]:
+    """Puts the file or the flag in front of the message of an error; a flag is named once."""
+    try:
+        yield
+    except ValueError as error:
+        key = origin.removeprefix("flag --")
+        text = f"flag --{error}" if key != origin and str(error).startswith(key) else f"{origin}: {error}"
+        raise ValueError(text) from error
+
+
+def _check_names(node: Mapping[str, Any], keys: Mapping[str, bool | None], path: str = "") -> None:
+    """Checks the keys of a part of a tree; see ``known_keys``."""
+    for name, value in node.items():
+        key = f"{path}{name}"
+        if key in DERIVED_KEYS or key not in keys or "." in str(name):
+            raise ValueError(_explain_unknown_key(key, [known for known in keys if known not in DERIVED_KEYS]))
+        is_optional = keys[key]
+        if is_optional is None or (value is None and is_optional):
+            continue
+        if not isinstance(value, Mapping):  # else a later layer would hide that the group has lost its values
+            inner = next(known for known in keys if known.startswith(f"{key}."))
+            raise ValueError(f"{key} must be a mapping, got {shorten(value)}; set a key of it, such as {inner}")
+        _check_names(value, keys, f"{key}.")
+
+
+def _explain_unknown_key(key: str, names: Sequence[str]) -> str:
+    """Returns the message for a key that no recipe has; ``names`` are those that it can have."""
+    if key in DERIVED_KEYS:
+        return f"{key} cannot be set: it follows {DERIVED_KEYS[key]}"
+    group, _, leaf = key.rpartition(".")
+    leaf = _HABITS.get(leaf, leaf)
+    beside = {name.rpartition(".")[2]: name for name in names if name.rpartition(".")[0] == group}
+    # The same name in another group, or a similar name in the same group.
+    close = [name for name in names if name.rpartition(".")[2] == leaf]
+    close += [beside[similar] for similar in get_close_matches(leaf, beside, n=1)]
+    if key in close:  # written with dots in a file
+        return f"unknown key {key!r}: keys of a file are nested; dots are for flags"
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    return f"unknown key {key!r}: {hint}keys of {group or 'a recipe'}: {', '.join(sorted(beside))}"
+
+
+def config_text(tree: Mapping[str, Any]) -> str:
+    """Returns the text of ``config.yaml`` for all values of a run: its complete recipe, which is valid again."""
+    head = "# The complete recipe of a run. To repeat it: maskgit train STAGE --config THIS_FILE --run NAME\n"
+    return head + str(yaml.safe_dump(without_keys(tree, DERIVED_KEYS), sort_keys=False))
+
+
+def merge(trees: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """Merges trees recursively; later values override earlier ones.
+
+    A mapping with the key ``name`` specifies a registered object and replaces the earlier value. A mapping
+    without ``name`` adds arguments to the object that an earlier tree names. Where an earlier tree has a list of such
+    objects, the keys of a mapping are names in the list; null leaves an object out.
+
+    A mapping with the key ``backbone`` (``model.network``) that names another backbone than the earlier trees drops the
+    keys of the old one, except those that all backbones have, the fields of ``BackboneConfig``. The keys of the new one
+    start from its defaults.
+    """
+    result: dict[str, Any] = {}
+    for tree in trees:
+        for key, value in tree.items():
+            result[key] = _override(result.get(key), value)
+    return result
+
+
+def _override(old: Any, new: Any) -> Any:
+    if not isinstance(new, Mapping):
+        return new
+    if "name" in new:
+        return dict(new)
+    if isinstance(old, list | tuple):
+        return _override_named(old, new)
+    # The earlier tree names the object without arguments.
+    if isinstance(old, str):
+        return {"name": old, **new}
+    kept = old if isinstance(old, Mapping) else {}
+    if "backbone" in new:
+        from maskgit_pl.networks.backbone import DEFAULT_BACKBONE, BackboneConfig  # torch takes seconds to import
+
+        if new["backbone"] != kept.get("backbone", DEFAULT_BACKBONE):
+            of_all = {field.name for field in fields(BackboneConfig)}
+            kept = {key: value for key, value in kept.items() if key in of_all}
+    return merge([kept, new])
+
+
+def _override_named(old: Sequence[Any], new: Mapping[str, Any]) -> list[Any]:
+    names = [str(part.get("name") if isinstance(part, Mapping) else part) for part in old]
+    unknown = [name for name in new if name not in names]
+    if unknown:
+        raise ValueError(f"{unknown[0]!r} must be a name in the list, got a list of {', '.join(names) or 'nothing'}")
+    parts = [_override(part, new[name]) if name in new else part for part, name in zip(old, names, strict=True)]
+    return [part for part in parts if part is not None]
+
+
+def value_at(tree: Any, key: str) -> Any:
+    """Returns the value of a dotted key such as ``data.source``, or None if the tree does not have it."""
+    for part in key.split("."):
+        tree = tree.get(part) if isinstance(tree, Mapping) else None
+    return tree
+
+
+def without_keys(tree: Mapping[str, Any], keys: Iterable[str]) -> dict[str, Any]:
+    """Returns a copy of a tree without dotted keys, which it need not have."""
+    copy = merge([tree])
+    for key in keys:
+        group, _, leaf = key.rpartition(".")
+        node = value_at(copy, group) if group else copy
+        if isinstance(node, dict):
+            node.pop(leaf, None)
+    return copy
+
+
+def flag_words(overrides: Overrides) -> tuple[str, ...]:
+    """Returns overrides as flags. Python values become JSON, which is also YAML."""
+    if isinstance(overrides, Mapping):
+        return tuple(f"--{key}={json.dumps(value, default=str)}" for key, value in overrides.items())
+    return tuple(overrides)
+
+
+def split_flags(words: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Yields the dotted key and the text of each flag.
+
+    Raises:
+        ValueError: if a word is not a flag, or a flag has no value.
+    """
+    waiting = list(reversed(words))
+    while waiting:
+        word = waiting.pop()
+        if not re.fullmatch(r"--[A-Za-z_][\w.]*(=.*)?", word, re.DOTALL):
+            raise ValueError(f"unrecognized argument {shorten(word)}; recipe values are set with --KEY=VALUE")
+        key, equals, text = word[2:].partition("=")
+        if not equals:
+            if not waiting or waiting[-1].startswith("--"):
+                raise ValueError(f"flag --{key} must have a value")
+            text = waiting.pop()
+        yield key, text
+
+
+def flag_layer(key: str, text: str) -> Layer:
+    """Returns the layer of one flag, whose text is YAML.
+
+    Raises:
+        ValueError: if the text is not YAML.
+    """
+    try:
+        tree = parse_yaml(text)
+    except ValueError as error:
+        raise ValueError(f"flag --{key}: {error}") from error
+    # a.b.c = value becomes {a: {b: {c: value}}}.
+    for part in reversed(key.split(".")):
+        tree = {part: tree}
+    check_plain(tree)
+    return Layer(f"flag --{key}", tree)
+
+
+def split_values(text: str) -> list[str]:
+    """Splits a text at the commas that are not inside a mapping or a list. Empty parts are dropped."""
+    words, depth = [""], 0
+    for letter in text:
+        depth += (letter in "{[") - (letter in "}]")
+        if letter == "," and depth == 0:
+            words.append("")
+        else:
+            words[-1] += letter
+    return [word.strip() for word in words if word.strip()]
+
+
+def parse_spec(flag: str, text: str) -> str | dict[str, Any]:
+    """Parses a plug-in: a mapping in YAML with its name and arguments; any other text is its name, as it is."""
+    if not text.lstrip().startswith("{"):
+        return text
+    try:
+        spec: dict[str, Any] = parse_yaml(text)
+    except ValueError as error:
+        rule = "must be a name or a mapping such as '{name: remdm, eta: 0.4}'"
+        raise ValueError(f"{flag} {rule}, got {shorten(text)} ({error})") from error
+    return spec
+
+
+def parse_specs(flag: str, text: str) -> list[str | dict[str, Any]]:
+    """Parses names and mappings separated by commas, such as ``confidence, {name: remdm, eta: 0.4}``."""
+    return [parse_spec(flag, word) for word in split_values(text) or [text]]

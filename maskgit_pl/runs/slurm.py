@@ -29,9 +29,8 @@ from typing import Unpack
 
 from maskgit_pl.checks import check_integer
 from maskgit_pl.processes import hide_launcher
-from maskgit_pl.runs.layers import split_flags
 from maskgit_pl.runs.plan import Folders, Plan, plan_run
-from maskgit_pl.runs.recipe import Recipe, recipes_folders
+from maskgit_pl.runs.recipe import Recipe, recipes_folders, split_flags
 
 log = logging.getLogger(__name__)
 
@@ -124,11 +123,11 @@ def check_submission(submission: Submission) -> str:
     """Builds the run as each task will, on the CPU of this machine, and returns a summary; see ``submit``."""
     plan, job = submission.plan, submission.job
     log.info("%s: checking the run as training will, which takes some seconds ...", plan.stage_folder)
-    from maskgit_pl.runs import build, fitting  # lightning and torch take seconds to import
+    from maskgit_pl.runs import fitting  # lightning and torch take seconds to import
 
     here = ["--trainer.accelerator=cpu", f"--trainer.num_nodes={job.nodes}", f"--trainer.devices={job.devices}"]
-    with hide_launcher(), build.restore_process_state():
-        run = build.build(replace(plan, recipe=plan.recipe.with_overrides(here)))
+    with hide_launcher(), fitting.restore_process_state():
+        run = fitting.build(replace(plan, recipe=plan.recipe.with_overrides(here)))
     data, steps = run.datamodule, run.trainer.max_steps
     if data.config.source != "stream":
         data.setup()

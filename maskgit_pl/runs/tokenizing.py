@@ -21,21 +21,21 @@ from torch import Tensor
 
 from maskgit_pl.data import describe_store
 from maskgit_pl.data import tokenize as make_store
+from maskgit_pl.data.manifest import read_manifest_summary
 from maskgit_pl.data.token_store import (
     StoreDescription,
+    TokenizeOptions,
     augmentations_text,
     plain_description,
     read_description,
 )
-from maskgit_pl.data.tokenize_options import TokenizeOptions
 from maskgit_pl.devices import check_device, default_device
 from maskgit_pl.folders import hold_lock
-from maskgit_pl.grids import to_unit_range
+from maskgit_pl.networks.vqgan import to_unit_range
 from maskgit_pl.pretrained.networks import PretrainedTokenizer, load_tokenizer
 from maskgit_pl.processes import Bars, available_cores, launcher_rank, local_rank, no_bars
-from maskgit_pl.runs.plan import SHARED_TOKENS, Folders, plan_run
+from maskgit_pl.runs.plan import SHARED_TOKENS, Folders, adapt_to_few_images, plan_run
 from maskgit_pl.runs.recipe import Recipe
-from maskgit_pl.runs.resolve import adapt_to_few_images
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +72,7 @@ def tokenize(
     device = check_device(default_device(local_rank=local_rank()) if is_auto else options.device, name="--device")
     if options.num_workers is None:  # on a CPU, decoding processes would slow down the encoder
         options = replace(options, num_workers=0 if device.type == "cpu" else min(_MOST_WORKERS, available_cores()))
-    views = _views(adapt_to_few_images(recipe, plan.shards), options)
+    views = _views(adapt_to_few_images(recipe, read_manifest_summary(plan.shards)), options)
     description = _describe(views, plan.folder, plan.shards, loaded)
     store = _store_of(plan.folder, description)
     with hold_lock(store, hint="name another run (--run)", rank=rank), torch.inference_mode():

@@ -5,7 +5,7 @@ micro-batches (the code repeats the numbers):
 
 1. Convert the images to float32 in [0, 1], and flip some of them.
 2. Run the generator (the VQGAN) forward once. Differentiate the terms of the loss (``TokenizerLoss``:
-   reconstruction, perceptual, and your own) at the reconstructed image and at the features, not further.
+   ``l2``, ``perceptual``, or your own) at the reconstructed image and at the features, not further.
 3. From ``adversarial.start_step``, run the discriminator on real images and reconstructions. Differentiate the
    generator's adversarial loss at the reconstructed image too. Compute the discriminator's loss, which keeps its graph.
 4. Propagate the sum of the gradients at the image through the generator once, then the discriminator's loss
@@ -24,6 +24,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,22 +34,118 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric
 
-from maskgit_pl.checks import check_integer, height_width
+from maskgit_pl.checks import (
+    MAY_CHANGE,
+    ImageSize,
+    check_image_size,
+    check_integer,
+    check_number,
+    check_seed,
+    height_width,
+)
 from maskgit_pl.data import Batch, flip
 from maskgit_pl.data.batches import check_batch
 from maskgit_pl.distributed import mean_over_ranks
-from maskgit_pl.grids import to_unit_range
 from maskgit_pl.networks.discriminators import discriminators
-from maskgit_pl.networks.vqgan import VQGAN
+from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig, to_unit_range
 from maskgit_pl.networks.weights import load_weights
 from maskgit_pl.pretrained.networks import load_tokenizer, save_tokenizer
-from maskgit_pl.tokenizer.losses import AdversarialStep, LossInputs, LossTerms, TokenizerConfig
-from maskgit_pl.training.optimizers import build_optimizer, freeze, frozen_copy, parameter_groups, update_ema
+from maskgit_pl.tokenizer.adversarial import AdversarialConfig, AdversarialStep
+from maskgit_pl.tokenizer.losses import (
+    LossInputs,
+    LossTerms,
+    TokenizerLoss,
+    tokenizer_losses,
+)
+from maskgit_pl.training.health import measure_usage
+from maskgit_pl.training.optimizers import (
+    OptimizerConfig,
+    build_optimizer,
+    freeze,
+    frozen_copy,
+    parameter_groups,
+    update_ema,
+)
 from maskgit_pl.training.stopping import StepCheck, clip_gradients
-from maskgit_pl.training.strategies import check_precision, prepare_blocks
+from maskgit_pl.training.strategies import ActivationCheckpointing, check_precision, prepare_blocks
+
+Part = Literal["encoder", "quantizer", "decoder"]
 
 _NUM_PICTURES = 16  # validation images kept for a reconstruction grid
 _LECAM_DECAY = 0.999  # of the moving averages of the logits, for each global batch
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """The configuration of ``Tokenizer``: network, losses, optimizer and execution.
+
+    Args:
+        network: Sizes of the VQGAN.
+        image_size: Side of square images, or (height, width), in pixels, each in [1, 16384].
+        optimizer: Optimizer of the generator; the discriminator has one of the same configuration.
+        losses: The terms of the loss at the reconstructed image, at least one: names or mappings of registered
+            tokenizer losses; in Python also objects. The released configuration has ``l2`` and ``perceptual``.
+        adversarial: The adversarial loss and its discriminator; None for none.
+        freeze: Parts of the network that keep their weights and codes, such as ``[encoder, quantizer]`` for a new
+            decoder of old tokens: no gradient, no optimizer state, no update of the codebook's statistics.
+        gradient_clip: Largest gradient norm of each network, > 0; None for no clipping.
+        ema_decay: Decay of the averaged weights that are evaluated and exported, in [0, 1).
+        flip_probability: Probability that a training image is mirrored left to right, in [0, 1].
+        seed: Seed of flips and of the restarts of dead codes, in [0, 2**32).
+        activation_checkpointing: ``blocks`` saves memory: the blocks of encoder and decoder run again in the
+            backward pass.
+
+    Raises:
+        ValueError: if a number is out of range or a word is unknown.
+    """
+
+    network: VQGANConfig
+    image_size: ImageSize
+    optimizer: OptimizerConfig
+    losses: tuple[str | dict[str, Any], ...] = ("l2",)
+    adversarial: AdversarialConfig | None = None
+    freeze: tuple[Part, ...] = ()
+    gradient_clip: float | None = None
+    ema_decay: float = 0.999
+    flip_probability: float = 0.0
+    seed: int = field(default=0, metadata=MAY_CHANGE)  # that of data is compared instead
+    activation_checkpointing: ActivationCheckpointing = field(default="none", metadata=MAY_CHANGE)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "image_size", check_image_size("image_size", self.image_size, "[1, 16384]"))
+        check_number("ema_decay", self.ema_decay, "[0, 1)")
+        check_number("flip_probability", self.flip_probability, "[0, 1]")
+        check_seed("seed", self.seed)
+        if self.gradient_clip is not None:
+            check_number("gradient_clip", self.gradient_clip, "(0, inf)")
+        object.__setattr__(self, "freeze", tuple(self.freeze))
+        object.__setattr__(self, "losses", tuple(map(tokenizer_losses.spec, self.losses)))
+        if not self.losses:
+            raise ValueError("losses must name at least one term, got none; l2 compares the pixels")
+        if "decoder" in self.freeze and self.adversarial is not None and self.adversarial.weight_rule == "adaptive":
+            raise ValueError(
+                f"freeze must not hold the decoder with adversarial weight_rule 'adaptive', got {list(self.freeze)}; "
+                "that weight is measured at the decoder's last layer: set model.adversarial.weight_rule to fixed"
+            )
+        shorter = min(height_width(self.image_size))
+        for name, term in self.terms.items():
+            if shorter < term.min_image_size:
+                raise ValueError(
+                    f"image_size must be >= {term.min_image_size} with the loss {name!r}, got {shorter}; leave the "
+                    "loss out, or set another network for it"
+                )
+
+    @cached_property
+    def terms(self) -> dict[str, TokenizerLoss]:
+        """The terms of the loss at the reconstructed image, by their names in the logs."""
+        terms: dict[str, TokenizerLoss] = {}
+        for spec in self.losses:
+            term, name = tokenizer_losses.build(spec), str(spec["name"] if isinstance(spec, dict) else spec)
+            number = 1
+            while (key := name if number == 1 else f"{name}-{number}") in terms:
+                number += 1
+            terms[key] = term
+        return terms
 
 
 class Tokenizer(LightningModule):
@@ -133,38 +230,29 @@ class Tokenizer(LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         """Adds the gradients of one micro-batch. The last one of a global batch steps both optimizers."""
-        images = self._prepare_images(batch, flip_probability=self.config.flip_probability)  # 1
+        images = self.prepare_images(batch, flip_probability=self.config.flip_probability)  # 1
         is_last = len(self._pending.tokens) + 1 == self.accumulation
         with self._sync_gradients(is_last=is_last):
-            metrics = self._add_gradients(images, step=self.global_step, backward=self.manual_backward)  # 2 to 4
+            metrics = self.add_gradients(images, step=self.global_step, backward=self.manual_backward)  # 2 to 4
         if not is_last:
             return
         metrics |= self._step_optimizers()  # 5 to 7
         if self.global_step % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]  # set late
             named = {f"train/{name}": value for name, value in metrics.items()}
             rate = torch.tensor(self.trainer.optimizers[0].param_groups[0]["lr"], dtype=torch.float64)
-            self._log_metrics({**named, "learning-rate": rate}, bar="train/reconstruction")
+            self._log_metrics({**named, "learning-rate": rate}, bar=f"train/{next(iter(self.loss_terms.terms))}")
 
-    def replay_step(self, batch: Batch, *, step: int) -> dict[str, Tensor]:
-        """Adds the gradients of one micro-batch to both networks, without a Trainer and without an optimizer step.
-
-        It computes the same as ``training_step`` without flips. ``runs.costs`` counts memory and FLOPs with it.
+    def add_gradients(self, images: Tensor, *, step: int, backward: Callable[[Tensor], None]) -> dict[str, Tensor]:
+        """Adds the gradients of one micro-batch to both networks, without an optimizer step.
 
         Args:
-            batch: Batch with (B, C, H, W) uint8 images.
+            images: (B, C, H, W) float32 in [0, 1].
             step: Step of the training, which decides on the adversarial loss and the R1 penalty.
+            backward: Propagates a scalar, such as ``torch.autograd.backward``.
 
         Returns:
             Detached losses by name.
         """
-        pending, self._pending = self._pending, _PendingUpdate()
-        images = self._prepare_images(batch, flip_probability=0.0)
-        metrics = self._add_gradients(images, step=step, backward=torch.autograd.backward)
-        self._pending = pending
-        return metrics
-
-    def _add_gradients(self, images: Tensor, *, step: int, backward: Callable[[Tensor], None]) -> dict[str, Tensor]:
-        """Adds the gradients of one (B, C, H, W) micro-batch to both networks and returns its losses."""
         # 2. Generator. The detached tensors are leaves, where the gradients of the losses stop. Losses are in float32.
         micro_batch = len(self._pending.tokens)
         self.network.quantizer.begin_micro_batch(seed=self.config.seed, step=step, micro_batch=micro_batch)
@@ -267,7 +355,7 @@ class Tokenizer(LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Adds the reconstruction error and the codes of a batch, without rows whose ``valid`` is False."""
-        images = self._prepare_images(batch, flip_probability=0.0)
+        images = self.prepare_images(batch, flip_probability=0.0)
         tokens = self.ema_network.encode(images)
         # The network pads sizes that the downsampling does not divide; the padding is cut off.
         reconstruction = self.ema_network.decode(tokens, self.grid)[..., : images.shape[-2], : images.shape[-1]]
@@ -308,7 +396,7 @@ class Tokenizer(LightningModule):
 
     # Helpers
 
-    def _prepare_images(self, batch: Batch, *, flip_probability: float) -> Tensor:
+    def prepare_images(self, batch: Batch, *, flip_probability: float) -> Tensor:
         """Converts the uint8 images of a batch to (B, C, H, W) float32 in [0, 1], and flips some of them."""
         check_batch(batch, shape=(self.network.config.in_channels, *height_width(self.config.image_size)))
         images = batch.content
@@ -344,10 +432,7 @@ class Tokenizer(LightningModule):
 
 
 class CodebookUsage(Metric):
-    """The use of a codebook of K codes by a set of tokens: fraction of codes that occur, and perplexity.
-
-    perplexity = exp(-sum_k p_k log p_k), with p_k the fraction of tokens that are code k
-    """
+    """The use of a codebook of K codes by a set of tokens; see ``training.health.measure_usage``."""
 
     full_state_update = False
     counts: Tensor  # (K,) float64
@@ -363,11 +448,7 @@ class CodebookUsage(Metric):
 
     def compute(self) -> dict[str, Tensor]:
         """Returns ``codebook_usage`` in [0, 1] and ``perplexity`` in [1, K]."""
-        shares = self.counts / self.counts.sum().clamp(min=1)
-        return {
-            "codebook_usage": (self.counts > 0).float().mean(),
-            "perplexity": torch.special.entr(shares).sum().exp().float(),
-        }
+        return {name: value.float() for name, value in measure_usage(self.counts).items()}
 
 
 @dataclass

@@ -133,6 +133,21 @@ def find_problems(metrics: Mapping[str, float], *, codebook_size: int, num_token
         yield Problem("discriminator_fails", value, text, advice)
 
 
+def measure_usage(counts: Tensor) -> dict[str, Tensor]:
+    """Computes the use of a codebook: the fraction of codes that occur, and the perplexity of their distribution.
+
+    perplexity = exp(-sum_k p_k log p_k), with p_k the fraction of tokens that are code k
+
+    Args:
+        counts: (K,) float64: number of tokens of each code.
+
+    Returns:
+        ``codebook_usage`` in [0, 1] and ``perplexity`` in [1, K], scalars float64.
+    """
+    shares = counts / counts.sum().clamp(min=1)
+    return {"codebook_usage": (counts > 0).double().mean(), "perplexity": torch.special.entr(shares).sum().exp()}
+
+
 class CodeHistory:
     """The use of each code by the training batches of this rank.
 
@@ -177,12 +192,7 @@ class CodeHistory:
         """
         state = self.state()
         counts, dead = state["counts"].double(), step - state["last_used"] >= dead_after
-        shares = counts / counts.sum().clamp(min=1)
-        measurements = {
-            "codebook_usage": (counts > 0).double().mean(),
-            "perplexity": torch.special.entr(shares).sum().exp(),
-            "dead_codes": dead.double().sum(),
-        }
+        measurements = {**measure_usage(counts), "dead_codes": dead.double().sum()}
         return {name: float(value) for name, value in measurements.items()}, int(counts.sum())
 
 

@@ -1,6 +1,6 @@
 """The loggers of a run: trackers that a recipe names, which get its metrics and pictures.
 
-A recipe lists them: ``loggers: [tensorboard, {name: wandb, project: faces}]``. ``runs.build`` puts a
+A recipe lists them: ``loggers: [tensorboard, {name: wandb, project: faces}]``. ``runs.fitting`` puts a
 ``TolerantLogger`` around each one: training continues if a tracker fails, such as on a full disk. Trackers of
 other packages are installed separately; see the extras of the package.
 """

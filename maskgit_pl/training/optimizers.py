@@ -14,7 +14,7 @@ import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal, TypeVar, get_args
@@ -25,7 +25,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
 
-from maskgit_pl.checks import check_choice, check_integer, check_number
+from maskgit_pl.checks import MAY_CHANGE, check_choice, check_integer, check_number
 from maskgit_pl.registry import Registry, derives_from
 from maskgit_pl.text import shorten
 
@@ -124,9 +124,9 @@ class LearningRate:
     """
 
     peak: float
-    warmup_steps: int = 0
-    decay: Decay = "constant"
-    final_fraction: float = 0.0
+    warmup_steps: int = field(default=0, metadata=MAY_CHANGE)
+    decay: Decay = field(default="constant", metadata=MAY_CHANGE)
+    final_fraction: float = field(default=0.0, metadata=MAY_CHANGE)
 
     def __post_init__(self) -> None:
         check_number("peak", self.peak, "(0, inf)")

@@ -1,6 +1,6 @@
 """Stage 2 of the autoregressive baseline: the transformer with causal attention learns to predict the next token.
 
-The numbers of its comments are those of the steps in ``transformer.token_model``.
+``transformer.token_model`` lists the steps of the training, and calls the methods here.
 
 Source: paper, Table 1 (VQGAN*: "the same setup as MaskGIT") and Figure 4; Esser et al., arXiv:2012.09841.
 """
@@ -8,12 +8,12 @@ Source: paper, Table 1 (VQGAN*: "the same setup as MaskGIT") and Figure 4; Esser
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, field
 
 import torch
 from torch import Tensor
 
-from maskgit_pl.checks import check_choice
+from maskgit_pl.checks import MAY_CHANGE, check_choice
 from maskgit_pl.data.batches import Batch
 from maskgit_pl.decoding.autoregressive import decode_autoregressive
 from maskgit_pl.decoding.config import AutoregressiveDecoding
@@ -36,7 +36,7 @@ class AutoregressiveConfig(TokenModelConfig):
     """
 
     _: KW_ONLY
-    decoding: AutoregressiveDecoding = AutoregressiveDecoding()  # noqa: RUF009  # frozen
+    decoding: AutoregressiveDecoding = field(default=AutoregressiveDecoding(), metadata=MAY_CHANGE)  # as in ``mvtm``
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -44,7 +44,7 @@ class AutoregressiveConfig(TokenModelConfig):
         if self.network.condition_dim:
             raise ValueError(
                 f"network.condition_dim must be 0 with causal attention, got {self.network.condition_dim}: its "
-                "sampling takes no vectors; set data.vectors to false, or use bidirectional attention"
+                "sampling takes no vectors; use bidirectional attention"
             )
         check_decoding(self.decoding.to_config(self.network.num_tokens), self.network, is_autoregressive=True)
 

@@ -20,7 +20,7 @@ place of some mask tokens in its first step (``DecodingConfig.random_start``), f
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import KW_ONLY, dataclass, replace
+from dataclasses import KW_ONLY, dataclass, field, replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from maskgit_pl.checks import check_folder, check_number
+from maskgit_pl.checks import MAY_CHANGE, check_folder, check_number
 from maskgit_pl.data.batches import Batch
 from maskgit_pl.decoding.config import DecodingConfig, set_specs
 from maskgit_pl.decoding.decoder import SeededNoise, draw_start
@@ -102,7 +102,7 @@ class DistillationConfig(MaskedTokenConfig):
     """
 
     _: KW_ONLY
-    teacher: str = ""
+    teacher: str = field(default="", metadata=MAY_CHANGE)  # a path; the content of the folder is compared instead
     teacher_decoding: DecodingConfig | None = None
     distillation: str | dict[str, Any] = "dimo"
 

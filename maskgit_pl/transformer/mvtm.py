@@ -1,20 +1,20 @@
 """Stage 2: masked visual token modeling. The transformer learns to predict masked tokens from the visible ones.
 
 ``MaskedTokenModel`` owns the mask schedule, and passes the same object to ``MaskSampler`` and
-``ParallelDecoder``. The numbers of its comments are those of the steps in ``transformer.token_model``.
+``ParallelDecoder``. ``transformer.token_model`` lists the steps of the training, and calls the methods here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, field
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from maskgit_pl.checks import check_choice, check_integer
+from maskgit_pl.checks import MAY_CHANGE, check_choice, check_integer
 from maskgit_pl.data.batches import Batch
 from maskgit_pl.decoding.config import DecodingConfig, set_specs
 from maskgit_pl.decoding.decoder import DecodingStep, decode_classes
@@ -46,12 +46,12 @@ class MaskedTokenConfig(TokenModelConfig):
     """
 
     _: KW_ONLY
-    global_batch: int
+    global_batch: int = field(metadata=MAY_CHANGE)  # that of data is compared instead
     mask_schedule: str | dict[str, Any] = "cosine"
     mask_ratio: str | dict[str, Any] = "schedule"
     mask_positions: str | dict[str, Any] = "uniform"
     objective: str | dict[str, Any] = "masked_cross_entropy"
-    decoding: DecodingConfig = DecodingConfig()  # noqa: RUF009  # frozen
+    decoding: DecodingConfig = field(default=DecodingConfig(), metadata=MAY_CHANGE)  # only of pictures and exports
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -113,7 +113,6 @@ class MaskedTokenModel(TokenModel):
 
     def _draw(self, batch: Batch) -> Draws:
         network = self.config.network
-        # 1. Mask.
         mask = self.mask_sampler.mask(
             network.num_tokens,
             index=batch.index,
@@ -122,18 +121,17 @@ class MaskedTokenModel(TokenModel):
             global_batch=self.config.global_batch,
             grid=network.grid,
         )
-        # 2. Drop classes.
         draws = self._draws_of(batch, mask)
         if self.training and self.objective.visible_weight > 0:
             return draws._replace(positions=torch.arange(mask.numel(), device=mask.device))  # all tokens are predicted
         return draws
 
     def _hide(self, tokens: Tensor, mask: Tensor) -> Tensor:
-        # 5. The mask token takes the place of masked tokens.
+        """Returns tokens (B, N) with the mask token in place of those of ``mask`` (B, N) bool."""
         return tokens.masked_fill(mask, self.config.network.mask_token_id)
 
     def _average(self, losses: Tensor, draws: Draws) -> Tensor:
-        # 6. The loss of the paper, the cross-entropy at the masked tokens, or another objective.
+        """Returns the loss of the paper, the cross-entropy at the masked tokens, or another objective."""
         return self.objective(TokenLosses(losses, draws.rows, len(draws.mask), draws.is_masked))
 
     def _assign_bins(self, mask: Tensor, positions: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Stage 2: the base of both models and of their configurations, with optimization, averages, samples and export.
 
 ``mvtm.MaskedTokenModel`` predicts masked tokens, ``autoregressive.AutoregressiveModel`` the next token. A
-training step does for each micro-batch (the code of both repeats the numbers):
+training step does for each micro-batch (the code of this file repeats the numbers, in their order):
 
 1. Draw the mask (B, N) of the tokens to predict (``_draw``). MaskedTokenModel draws it from (seed, sample,
    epoch, position): ceil(ratio N) positions with ratio = gamma(u). AutoregressiveModel predicts all tokens.
@@ -28,8 +28,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import KW_ONLY, dataclass
-from functools import partial
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -43,12 +42,13 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MeanMetric
 
-from maskgit_pl.checks import check_class_names, check_folder, check_number, check_seed, height_width
+from maskgit_pl.checks import MAY_CHANGE, check_class_names, check_folder, check_number, check_seed, height_width
 from maskgit_pl.data.batches import Batch, check_batch, flip
 from maskgit_pl.decoding.config import DecodingConfig
 from maskgit_pl.decoding.decoder import DecodingStep
 from maskgit_pl.masking import Draws, true_positions
 from maskgit_pl.networks.backbone import Backbone, BackboneConfig, Vocabulary, read_config_values
+from maskgit_pl.networks.vqgan import to_unit_range
 from maskgit_pl.pretrained.fine_tuning import weights_for
 from maskgit_pl.pretrained.networks import (
     PretrainedTokenizer,
@@ -69,7 +69,7 @@ from maskgit_pl.training.strategies import (
     prepare_blocks,
     shard_blocks,
 )
-from maskgit_pl.transformer.losses import chunked_statistics, mean_over_rows, needs_chunks, token_statistics
+from maskgit_pl.transformer.losses import mean_over_rows, token_statistics
 
 NUM_BINS = 4
 """The number of groups of predicted tokens whose losses are logged separately."""
@@ -101,15 +101,15 @@ class TokenModelConfig:
 
     network: Annotated[BackboneConfig, BeforeValidator(read_config_values)]
     optimizer: OptimizerConfig
-    tokenizer: str
+    tokenizer: str = field(metadata=MAY_CHANGE)  # a path; the content of the folder is compared instead
     _: KW_ONLY
     label_smoothing: float = 0.1
     loss_vocabulary: LossVocabulary = "all"
     ema_decay: float = 0.999
     flip_probability: float = 0.0
-    seed: int = 0
-    activation_checkpointing: ActivationCheckpointing = "none"
-    compiled: Compiled = "none"
+    seed: int = field(default=0, metadata=MAY_CHANGE)  # that of data is compared instead
+    activation_checkpointing: ActivationCheckpointing = field(default="none", metadata=MAY_CHANGE)
+    compiled: Compiled = field(default="none", metadata=MAY_CHANGE)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "tokenizer", check_folder("tokenizer", self.tokenizer))  # a Path is no plain value
@@ -249,7 +249,7 @@ class TokenModel(LightningModule):
         if isinstance(batch, Batch) and batch.draws is not None:
             return batch
         self._check_samples(batch)
-        return batch._replace(draws=self._draw(batch))
+        return batch._replace(draws=self._draw(batch))  # 1; ``_draw`` calls ``_draws_of``
 
     def _check_samples(self, batch: Batch) -> None:
         """Checks that the samples of a batch are those of the network, or images of its tokenizer.
@@ -275,7 +275,7 @@ class TokenModel(LightningModule):
     def _draws_of(self, batch: Batch, mask: Tensor) -> Draws:
         """Returns the draws that predict the tokens of ``mask`` (B, N) bool; in validation without class dropout."""
         if self.training:
-            return Draws(self._drop_classes(batch), mask, true_positions(mask))
+            return Draws(self._drop_classes(batch), mask, true_positions(mask))  # 2
         # Rows that only pad the last batch do not count.
         return Draws(batch.labels, mask, true_positions(mask & batch.valid.unsqueeze(1)))
 
@@ -316,14 +316,14 @@ class TokenModel(LightningModule):
             )
         # In float32 in any precision of the Trainer, as `maskgit tokenize` and the pipeline encode.
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
-            return self.tokenizer.network.encode(images.to(torch.float32) / 255)
+            return self.tokenizer.network.encode(to_unit_range(images))
 
     def _compute_training_losses(self, batch: Batch) -> StepLosses:
         """Returns loss and statistics of the trained network for a batch of tokens."""
         return self.compute_losses(self.transformer, batch, batch.content, smoothing=self.config.label_smoothing)
 
     def compute_losses(self, network: Backbone, batch: Batch, tokens: Tensor, *, smoothing: float) -> StepLosses:
-        """Computes logits at the M predicted tokens, in chunks if they are very large, their losses and their mean.
+        """Computes logits at the M predicted tokens, their losses and the mean of these.
 
         Args:
             network: The network.
@@ -331,22 +331,25 @@ class TokenModel(LightningModule):
             tokens: (B, N) int64 in [0, K), the true tokens.
             smoothing: Label smoothing, in [0, 1).
         """
-        draws, config, columns = batch.step_draws, self.config.network, self.config.loss_columns
-        seen = self._hide(tokens, draws.mask)  # 5
+        draws, config = batch.step_draws, self.config.network
         targets = tokens.flatten()[draws.positions]  # (M,)
-        vectors = batch.vectors_for(config.condition_dim)
-        compute = partial(
-            network.forward_selected, seen, draws.labels, draws.positions, vectors=vectors, vocabulary=columns
+
+        def measure(logits: Tensor, place: slice) -> Tensor:
+            return token_statistics(
+                logits, targets[place], label_smoothing=smoothing, num_token_groups=config.num_token_groups
+            )
+
+        statistics = network.measure_selected(
+            self._hide(tokens, draws.mask),  # 5
+            draws.labels,
+            draws.positions,
+            measure,
+            vectors=batch.vectors_for(config.condition_dim),
+            vocabulary=self.config.loss_columns,
         )
-        measure = partial(token_statistics, label_smoothing=smoothing, num_token_groups=config.num_token_groups)
-        if network.takes_project and needs_chunks(len(targets), config.num_columns(columns)):
-            project = partial(chunked_statistics, targets=targets, measure=measure)
-            losses, nll, hits = compute(project=project).unbind(1)
-            # A column of a tensor with a graph has one: sums of the logs would keep the graphs of their steps.
-            nll, hits = nll.detach(), hits.detach()
-        else:
-            losses, nll, hits = measure(compute(), targets)
-        return StepLosses(self._average(losses, draws), nll, hits)  # 6
+        losses, nll, hits = statistics.unbind(1)
+        # A column of a tensor with a graph has one: sums of the logs would keep the graphs of their steps.
+        return StepLosses(self._average(losses, draws), nll.detach(), hits.detach())  # 6
 
     def _hide(self, tokens: Tensor, mask: Tensor) -> Tensor:
         """Returns what the network sees of tokens (B, N), of which those of ``mask`` (B, N) bool are predicted."""

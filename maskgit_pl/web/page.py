@@ -88,7 +88,7 @@ def build_page(pipe: MaskGIT, name: str) -> gr.Blocks:
     if pipe.transformer.network.config.condition_dim:
         raise ValueError(
             "web requires a model that generates from classes only, got one that needs a vector for each image; "
-            "use `maskgit sample --vectors`"
+            "use MaskGIT.generate(vectors=...) in Python"
         )
     about = f"{len(pipe.class_names)} classes, {pixels_text(pipe.tokenizer.image_size)} pixels"
     with gr.Blocks(title=f"MaskGIT: {name}", analytics_enabled=False, delete_cache=(60, 1800)) as page:

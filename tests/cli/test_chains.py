@@ -1,4 +1,4 @@
-"""Chains of commands from files to an evaluation: images that are not square, with alpha, and images with vectors."""
+"""Chains of commands from files to an evaluation: images that are not square, with alpha."""
 
 import json
 from pathlib import Path
@@ -11,10 +11,8 @@ from PIL import Image
 from maskgit_pl.cli import main
 from maskgit_pl.data.images import encode_png
 from maskgit_pl.networks.classifiers import load_classifier
-from maskgit_pl.pretrained.networks import load_transformer
 from tests.conftest import tiny_flags
 
-DIM = 3
 OF_DATA = ("grid", "num_classes")  # sizes that the data and the tokenizer give
 STAGE_2 = [
     *(word for word in tiny_flags("transformer") if not any(name in word for name in OF_DATA)),
@@ -27,7 +25,7 @@ def maskgit_runs(*words: object) -> None:
     assert main([str(word) for word in words]) == 0
 
 
-def save_photos(folder: Path, *, channels: int, size: tuple[int, int], vectors: bool = False) -> Path:
+def save_photos(folder: Path, *, channels: int, size: tuple[int, int]) -> Path:
     """Saves random PNG files of two classes; the left half is transparent if there are several channels."""
     generator = np.random.default_rng(0)
     for split, count in (("train", 8), ("val", 6)):
@@ -38,10 +36,7 @@ def save_photos(folder: Path, *, channels: int, size: tuple[int, int], vectors: 
                 if channels > 1:
                     image[-1] = 255
                     image[-1, :, : size[1] // 2] = 0
-                stem = folder / split / name / str(number)
-                stem.with_suffix(".png").write_bytes(encode_png(image))
-                if vectors:
-                    np.save(stem.with_suffix(".npy"), generator.normal(size=DIM).astype(np.float16))
+                (folder / split / name / f"{number}.png").write_bytes(encode_png(image))
     return folder
 
 
@@ -84,26 +79,3 @@ def test_images_of_24_by_40_pixels_go_from_files_to_an_evaluation(tmp_path: Path
     maskgit_runs("inspect", run, "--data", shards)
     maskgit_runs("doctor", "tokenizer", *stage_1)
     maskgit_runs("train", "transformer", *stage_2, "--trainer.max_steps=3")  # resumes
-
-
-@pytest.mark.slow  # 20 s
-def test_images_with_vectors_go_from_files_to_an_evaluation(tmp_path: Path, quick_judge: None) -> None:
-    photos = save_photos(tmp_path / "photos", channels=1, size=(8, 8), vectors=True)
-    shards, run = tmp_path / "shards", tmp_path / "runs" / "demo"
-    common = ("--recipe", "base", "--data", shards, "--run", run)
-    stage_2 = (*common, *STAGE_2, "--data.vectors=true")
-    maskgit_runs("data", "make", photos, "--out", shards)
-    maskgit_runs("train", "tokenizer", *common, *tiny_flags("tokenizer"))
-    maskgit_runs("tokenize", *stage_2)
-    maskgit_runs("train", "transformer", *stage_2)
-    assert load_transformer(run / "pretrained" / "transformer").network.config.condition_dim == DIM
-    np.save(tmp_path / "vectors.npy", np.random.default_rng(1).normal(size=(5, DIM)))
-    sample = ("sample", run, "--vectors", tmp_path / "vectors.npy")
-    maskgit_runs(*sample, "--classes", "a", "--images", tmp_path / "images", "--out", tmp_path / "samples.png")
-    assert len(list((tmp_path / "images").glob("*.png"))) == 5
-    maskgit_runs(*sample, "--num-images", 6, "--out", tmp_path / "s.npz")
-    assert np.load(tmp_path / "s.npz")["arr_0"].shape == (6, 8, 8, 3)
-    maskgit_runs("train-classifier", "--data", shards, "--runs-folder", tmp_path / "runs")
-    maskgit_runs("evaluate", run, "--data", shards, "--num-images", 8, "--features", "classifier",
-                 "--likelihood-images", 4)  # fmt: skip
-    assert (run / "evaluation.json").is_file()

@@ -1,4 +1,3 @@
-import csv
 import json
 import shutil
 from pathlib import Path
@@ -135,37 +134,6 @@ def test_two_ranks_write_the_numbers_of_one(run_folder: Path, tiny_shards: Path,
         reports.append(read_report(out.parent))
         del reports[-1]["environment"]
     assert reports[0] == reports[1]
-
-
-# compare
-
-
-@pytest.mark.usefixtures("own_judge")
-@pytest.mark.slow
-def test_a_comparison_resumes_and_measures_nothing_twice(
-    run_folder: Path, tiny_shards: Path, monkeypatch: pytest.MonkeyPatch, capsys
-) -> None:
-    words = (run_folder, "--data", tiny_shards, "--num-images", 6, "--num-steps", "2,3")
-    words = (*words, "--selectors", "halton, {name: remdm, eta: 0.4}, random")
-    with monkeypatch.context() as patch:
-        stop_after(1, patch)
-        with pytest.raises(IndexError):
-            call("compare", *words, "--guidance-scale", "0.5")
-    stopped = samples(run_folder / "evaluation")
-    assert call("compare", *words, "--guidance-scale", "0.5") == 0
-    whole, out = samples(run_folder / "evaluation"), run_folder / "comparison"
-    assert "comparison.md, comparison.csv, selectors.png" in capsys.readouterr().out
-    assert (len(stopped), whole[:1]) == (1, stopped)
-    assert [row["purpose"] for row in whole[:3]] == ["selector halton", "selector remdm (eta 0.4)", "selector random"]
-    assert (out / "comparison.md").read_text().startswith("# Comparison of token selectors\n")
-    with (out / "comparison.csv").open(newline="") as stream:
-        assert {float(row["fid"]) for row in csv.DictReader(stream)} == {row["fid"] for row in whole}
-    with Image.open(out / "selectors.png") as picture:
-        assert picture.height > 3 * 84
-
-    forbid_generation(monkeypatch)
-    assert call("compare", *words, "--guidance", "{name: linear, scale: 0.5}") == 0
-    assert samples(run_folder / "evaluation") == whole
 
 
 # tune

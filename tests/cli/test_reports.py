@@ -5,10 +5,11 @@ from typing import IO, Any
 import pytest
 import yaml
 
-from maskgit_pl import evaluation
 from maskgit_pl.cli import main
+from maskgit_pl.evaluation.evaluator import Evaluator
 from maskgit_pl.evaluation.ledger import Ledger
-from maskgit_pl.runs import ablation
+from maskgit_pl.runs import variants
+from paper import schedule_table
 from tests.conftest import flags, save_tiny_pretrained
 
 TINY = Path(__file__).parents[1] / "tiny"
@@ -34,36 +35,6 @@ def rows(results: Path, measurement: str) -> list[dict[str, Any]]:
     return Ledger(results / "ledger.jsonl").rows(measurement)
 
 
-@pytest.mark.slow
-def test_table_3_and_figure_8_choose_t_and_measure_it_again(
-    runs: list[Path], tiny_shards: Path, judge: Path, tmp_path: Path
-) -> None:
-    config = {"trainer": {"max_steps": 100}, "data": {"global_batch": 64}}
-    for run in runs:
-        (run / "transformer").mkdir()
-        (run / "transformer" / "config.yaml").write_text(yaml.safe_dump(config))
-    options = evaluation.ReportOptions(
-        data=tiny_shards, features=[f"classifier={judge}"], results=tmp_path / "results", num_images=12, device="cpu"
-    )
-    evaluation.table_3(runs, options, num_steps=[4, 2, 4]).write()
-    measured = rows(tmp_path / "results", "samples")
-    steps = [(row["run"], row["num_steps"], row["seed"]) for row in measured if row["run"]]
-    assert [number for _, number, seed in steps if seed == 0] == [2, 4] * len(runs)
-    for run in runs:
-        curve = {row["num_steps"]: row["fid"] for row in measured if row["run"] == run.name and row["seed"] == 0}
-        best = min(curve, key=lambda number: curve[number])
-        assert (run.name, best, 12) in steps  # noise that took no part in the choice
-    page = (tmp_path / "results" / "shards" / "table-3.md").read_text()
-    assert "`cosine`" in page
-    assert "`pow (exponent 2)`" in page
-    assert (tmp_path / "results" / "shards" / "figure-8.png").is_file()
-    assert {row["run"] for row in rows(tmp_path / "results", "likelihood")} == {run.name for run in runs}
-
-    (runs[0] / "transformer" / "config.yaml").write_text(yaml.safe_dump({**config, "trainer": {"max_steps": 50}}))
-    with pytest.raises(ValueError, match=r"trainer\.max_steps must be the same in all runs, .*/shoes-square 50"):
-        evaluation.table_3(runs, options)
-
-
 # ablation
 
 
@@ -77,23 +48,81 @@ def words(tiny_shards: Path, judge: Path, tmp_path: Path) -> list[str]:
     return ["ablation", *map(str, [*where, *common(tiny_shards, judge, tmp_path / "results")]), *flags(tiny)]
 
 
+@pytest.mark.slow
+def test_the_decoding_of_a_run_is_varied_without_training(
+    runs: list[Path], tiny_shards: Path, judge: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results, run = tmp_path / "results", runs[0]
+    words = ["ablation", "--of", run, "--vary", "decoding.token_selector=halton,{name: remdm, eta: 0.4}"]
+    words += ["--at", "decoding.num_steps=2,3", "--model.decoding.sampling_temperature=0.5"]
+    words += common(tiny_shards, judge, results)
+    assert main([str(word) for word in words]) == 0
+    labels = ("base", "token_selector=halton", "token_selector={name: remdm, eta: 0.4}")
+    measured = {(row["variant"], row["seed"]): row for row in rows(results, "ablation")}
+    assert [*measured] == [
+        (f"{label}, num_steps={steps}", seed) for seed in (0, 1) for steps in (2, 3) for label in labels
+    ]
+    samples = [row for row in rows(results, "samples") if row["run"]]
+    assert {(row["num_steps"], row["seed"]) for row in samples} == {(2, 0), (3, 0), (2, 12), (3, 12)}  # the same noise
+    assert {row["decoding"]["sampling_temperature"] for row in samples} == {0.5}
+    page = (results / "shards" / "ablation-token_selector-num_steps.md").read_text()
+    assert "Decoding of the run shoes-square on shards" in page
+    assert "## Results at num_steps=3" in page
+    assert "## Difference from base, num_steps=3" in page
+    assert "## Training" not in page
+
+    monkeypatch.setattr(Evaluator, "generate", lambda *_, **__: pytest.fail("measured again"))
+    assert main([str(word) for word in words]) == 0
+    assert main([*map(str, [*words, "--num-steps", "99"])]) == 2
+
+
+@pytest.mark.slow
+def test_table_3_and_figure_8_show_the_best_t_which_is_measured_again(
+    runs: list[Path], tiny_shards: Path, judge: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results = tmp_path / "results"
+    for run in runs:
+        words = ["ablation", "--of", run, "--num-steps", "4,2,4", "--seeds", 0, "--model.decoding.guidance=constant"]
+        assert main([*map(str, [*words, *common(tiny_shards, judge, results)])]) == 0
+    measured = rows(results, "samples")
+    steps = [(row["run"], row["num_steps"], row["seed"]) for row in measured if row["run"]]
+    assert [number for _, number, seed in steps if seed == 0] == [2, 4] * len(runs)
+    for row in rows(results, "ablation"):
+        curve = {r["num_steps"]: r["fid"] for r in measured if r["run"] == row["run"] and r["seed"] == 0}
+        assert row["fid_by_steps"] == {str(number): fid for number, fid in curve.items()}
+        assert row["best_steps"] == min(curve, key=lambda number: curve[number])
+        assert (row["run"], row["best_steps"], 12) in steps  # noise that took no part in the choice
+    assert "| base | " in (results / "shards" / "ablation.md").read_text().split("## FID by number of steps T")[1]
+
+    how = ["--results", str(results), "--num-images", "12", "--num-tokens", "16"]
+    monkeypatch.setattr("sys.argv", ["schedule_table.py", *map(str, runs), *how])
+    schedule_table.main()
+    page = (results / "shards" / "table-3.md").read_text()
+    assert "`cosine`" in page
+    assert "`square`" in page
+    assert (results / "shards" / "figure-8.png").is_file()
+    monkeypatch.setattr("sys.argv", ["schedule_table.py", "runs/none", *how])
+    with pytest.raises(SystemExit):
+        schedule_table.main()
+
+
 @pytest.mark.trainings
 @pytest.mark.slow
-def test_an_ablation_of_schedules_makes_table_3_despite_failures(
+def test_an_ablation_of_recipes_measures_the_others_despite_failures(
     words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fail_training(monkeypatch, "transformer/square")
-    assert main([*words, "--schedules", "cosine,square", "--seeds", "3"]) == 70
+    assert main([*words, "--recipes", "cosine;square", "--seeds", "3", "--num-steps", "2,4"]) == 70
     failure = "1 run failed, and the page has the others: recipe square, seed 3: maskgit train: out"
     assert failure in capsys.readouterr().err
-    pages = tmp_path / "results" / "shards"
-    assert "Base: recipe cosine." in (pages / "ablation-recipes.md").read_text()
-    assert "Each schedule has its own model" in (pages / "table-3.md").read_text()
+    page = (tmp_path / "results" / "shards" / "ablation-recipes.md").read_text()
+    assert "Base: recipe cosine." in page
+    assert "| variant | best T | T = 2 | T = 4 |" in page
 
 
 def fail_training(monkeypatch: pytest.MonkeyPatch, word: str) -> None:
     """Lets the trainings fail that have a recipe or a flag."""
-    own, name = ablation.run_maskgit, word.rpartition("/")[2]
+    own, name = variants.run_maskgit, word.rpartition("/")[2]
 
     def run(command: list[str], output: IO[bytes]) -> tuple[int, bool]:
         if command[0] == "train" and name in command:
@@ -101,7 +130,7 @@ def fail_training(monkeypatch: pytest.MonkeyPatch, word: str) -> None:
             return 70, False
         return own(command, output)
 
-    monkeypatch.setattr(ablation, "run_maskgit", run)
+    monkeypatch.setattr(variants, "run_maskgit", run)
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""``maskgit sample``: pictures, many images in a file, rejection sampling, and models that take vectors."""
+"""``maskgit sample``: pictures, many images in a file, and rejection sampling."""
 
 import json
 from collections.abc import Callable
@@ -133,22 +133,8 @@ def test_many_accepted_images_come_with_their_seeds(call, maskgit, tiny_pretrain
     refused(odd, "--num-images must be a multiple of 3")
 
 
-# Vectors
-
-
-def test_wrong_vectors_are_refused(maskgit, tiny_pretrained, tmp_path) -> None:
+def test_a_model_that_needs_a_vector_for_each_image_is_refused(maskgit, tiny_pretrained, tmp_path) -> None:
     of_vectors = save_model_of_vectors(tiny_pretrained, tmp_path / "model", dim=3)
-    np.save(tmp_path / "good.npy", np.zeros((2, 3)))
-    np.save(tmp_path / "wide.npy", np.zeros((2, 4)))
-    np.save(tmp_path / "words.npy", np.array(["a"]))
-    np.save(tmp_path / "objects.npy", np.array([{}], dtype=object), allow_pickle=True)
-    for model, words, message in (
-        (of_vectors, [], "--vectors must be given: the model was trained with a vector of 3 values"),
-        (of_vectors, ["wide.npy"], "--vectors must have shape (6, 3)"),
-        (of_vectors, ["words.npy"], "must hold floats"),
-        (of_vectors, ["objects.npy"], "cannot be read"),
-        (of_vectors, ["good.npy", "--accept-rate", 0.5], "--vectors must not be given with --accept-rate"),
-        (tiny_pretrained, ["good.npy"], "--vectors must not be given to a model that was trained without vectors"),
-    ):
-        given = ["--vectors", tmp_path / words[0], *words[1:]] if words else []
-        refused(maskgit("sample", model, *given, "--out", tmp_path / "s.png"), message)
+    for words in (["--out", tmp_path / "s.png"], ["--num-images", 6, "--out", tmp_path / "s.npz"]):
+        message = "vectors must be given: the model was trained with a vector of 3 values"
+        refused(maskgit("sample", of_vectors, *words), message)

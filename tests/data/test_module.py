@@ -1,11 +1,15 @@
+import itertools
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 
-from maskgit_pl.data import ShardData, ShardDataConfig, describe_store, tokenize
-from tests.data_folders import open_data, save_wide_images, top_row, wide_image
+from maskgit_pl.data import ShardData, ShardDataConfig, TokenizingConfig, describe_store, tokenize
+from maskgit_pl.data.images import encode_png
+from maskgit_pl.data.samples import Sample
+from tests.data_folders import OnRank, open_data, save_samples, save_wide_images, top_row, wide_image
 
 NUM_TRAIN, NUM_VAL = 23, 11
 
@@ -47,6 +51,44 @@ def test_tokens_and_images_give_the_same_samples_in_the_same_order(folder, store
     assert ids(images.val_dataloader()) == ids(tokens.val_dataloader())
     limited = open_data(folder, validation_samples=5).val_dataloader()
     assert [batch.index[batch.valid].tolist() for batch in limited] == [[0, 1, 2, 3], [4]]
+
+
+@pytest.fixture(scope="module")
+def uneven(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Data in shards of 9, 9 and 6 samples, one of which has a whole header and damaged pixels, and their tokens."""
+    folder = tmp_path_factory.mktemp("uneven")
+    samples = [Sample(encode_png(wide_image(number)), "png", number % 3, f"{number}") for number in range(24)]
+    samples[7] = samples[7]._replace(data=samples[7].data[:-20] + bytes(20))
+    save_samples(folder, {"train": samples, "val": samples})
+    description = describe_store(folder, grid=(2, 2), codebook_size=256, tokenizer="me", image_size=4)
+    config = TokenizingConfig(batch_size=4, part_size=6, unreadable_budget=0.5)
+    assert tokenize(folder, folder / "store", description, encode=top_row, in_channels=1, config=config)
+    return folder
+
+
+def read_steps(folder: Path, first: int, *, world_size: int = 1, **options: object) -> dict[int, tuple]:
+    """Maps each position from a step to step 8 to all that a batch has of it, read by a run that begins there."""
+    samples = {}
+    starts = [first, *range(first // 2 * 2 + 2, 8, 2)]  # an epoch has 2 steps
+    for rank, step in itertools.product(range(world_size), starts):
+        sizes = {"global_batch": 12, "max_batch_per_device": 2, "unreadable_budget": 0.5}
+        module = open_data(folder, **sizes, **options)
+        module.trainer = OnRank(rank, world_size, step)
+        for batch in module.train_dataloader():
+            for row, position in enumerate(batch.position.tolist()):
+                samples[position] = tuple(column[row].numpy().tobytes() for column in batch[:7])
+    return samples
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("world_size", "num_workers"), [(1, 0), (2, 1), (3, 2)])
+@pytest.mark.parametrize("source", ["images", "tokens"])
+def test_a_resumed_run_reads_the_same_on_any_number_of_ranks_and_workers(uneven, source, world_size, num_workers):
+    options = {"images": {"augmentations": ["random_resized_crop", "flip"]}, "tokens": {}}[source]
+    options |= {"source": source, "token_store": str(uneven / "store"), "seed": 3}
+    whole = read_steps(uneven, 0, **options)
+    resumed = read_steps(uneven, 5, world_size=world_size, num_workers=num_workers, **options)
+    assert resumed == {position: whole[position] for position in range(5 * 12, 8 * 12)}
 
 
 @pytest.mark.parametrize(

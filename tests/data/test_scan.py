@@ -40,10 +40,6 @@ FAULTS = {  # the members of bad samples, None for an image, and the fault with 
     "label too high": ([("x.png", None), ("x.cls", b"999999")], "1 with a label that is no class (label x.tar:x.cls"),
     "path out": ([("../x.png", None), ("../x.cls", b"0")], "1 with an unsafe member name (x.tar:../x.png)"),
     "control character": ([("x\x1b[2J.png", None)], r"1 with an unsafe member name (x.tar:x\x1b[2J.png)"),
-    "pickle for a vector": (
-        [("x.png", None), ("x.cls", b"0"), ("x.npy", b"cposix\nsystem\n(S'false'\ntR.")],
-        "1 with a vector that cannot be used (vector x.tar:x.npy must be a .npy file",
-    ),
 }
 
 

@@ -1,14 +1,16 @@
 """The contract that every registered token selector holds, then the rule of each."""
 
 from dataclasses import dataclass
+from inspect import cleandoc
 from itertools import pairwise
 
 import pytest
 import torch
 from torch import Tensor
 
-from maskgit_pl.decoding import ParallelDecoder
+from maskgit_pl.decoding import ParallelDecoder, selectors
 from maskgit_pl.decoding.selectors import Candidates, TokenSelector, check_token_selector, token_selectors
+from maskgit_pl.registry import Registry
 from maskgit_pl.schedules import halton_order, mask_schedules
 from tests.decoding.fakes import (
     ALL_MASKED,
@@ -31,14 +33,27 @@ EVERY = [
 every_selector = pytest.mark.parametrize("spec", EVERY, ids=str)
 
 
-@every_selector
-def test_contract_scores_are_finite_for_impossible_and_for_certain_codes(spec):
+def impossible_and_certain() -> Candidates:
+    """Returns candidates of one row whose codes are impossible or certain."""
     logits = torch.full((1, 3, 3), -torch.inf)
     logits[:, 0, :2] = 0  # one code is impossible
     logits[:, 1:, 0] = 0  # one code is certain
     tokens, log_probs = torch.zeros(1, 3, dtype=torch.int64), logits.log_softmax(-1)
-    drawn = Candidates(log_probs, tokens, torch.arange(3)[None], torch.zeros(1, 3), 0.5, (1, 3))
-    assert token_selectors.build(spec)(drawn).isfinite().all()
+    return Candidates(log_probs, tokens, torch.arange(3)[None], torch.zeros(1, 3), 0.5, (1, 3))
+
+
+@every_selector
+def test_contract_scores_are_finite_for_impossible_and_for_certain_codes(spec):
+    assert token_selectors.build(spec)(impossible_and_certain()).isfinite().all()
+
+
+def test_the_example_at_the_head_of_the_file_holds_the_contract():
+    example = cleandoc((selectors.__doc__ or "").split("::\n")[1])
+    names = {**vars(selectors), "Tensor": Tensor, "token_selectors": Registry("token selector", "none")}
+    exec(example, names)  # into a registry of its own
+    selector = names["EntropyOrder"]()
+    check_token_selector("entropy_order", selector)
+    assert selector(impossible_and_certain()).isfinite().all()
 
 
 @pytest.mark.parametrize("num_steps", [1, 2, 16])

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from maskgit_pl.evaluation.ablation import AblationRuns
-from maskgit_pl.runs.ablation import AblationConfig, parse_factor
+from maskgit_pl.runs.variants import AblationConfig, parse_factor
 from tests.conftest import flags
 
 TINY = Path(__file__).parents[1] / "tiny"
@@ -20,13 +20,12 @@ def open_runs(
     config = AblationConfig(
         tuple(parse_factor("--vary", text) for text in factors),
         dataset="shoes",
-        runs=folder,
-        data=data,
+        runs_folder=folder,
         tokenizer=pretrained / "tokenizer",
         overrides=(*flags(tiny), *overrides),
         **options,
     )
-    return AblationRuns(config)
+    return AblationRuns(config, data)
 
 
 @pytest.mark.slow
@@ -56,4 +55,4 @@ def test_a_finished_run_under_another_label_is_reused(tiny_shards, tiny_pretrain
     other = own.with_name(own.name.replace("depth-2", "base"))
     (other / "transformer").mkdir(parents=True)
     (other / "transformer" / "exported.json").write_text(json.dumps({"step": 3}))
-    assert runs.train(runs.variants[1], 0) == other
+    assert runs.train(runs.variants[1], 0).run == other

@@ -16,6 +16,7 @@ from maskgit_pl.evaluation.folders import (
 from maskgit_pl.pipeline import MaskGIT
 from tests.conftest import save_tiny_pretrained
 from tests.evaluation.feature_networks import open_shards
+from tests.networks.backbone_cases import save_model_of_vectors
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +37,14 @@ def test_data_of_other_classes_are_refused(pipe: MaskGIT, tiny_shards: Path, mon
     monkeypatch.setattr(type(pipe), "class_names", ("a", "b"))
     with pytest.raises(ValueError, match="the classes must be the model's"):
         check_data(pipe, data)
+
+
+def test_a_model_that_needs_a_vector_for_each_image_is_refused(
+    tiny_pretrained: Path, tiny_shards: Path, tmp_path: Path
+) -> None:
+    pipe = MaskGIT.from_pretrained(save_model_of_vectors(tiny_pretrained, tmp_path, dim=3))
+    with pytest.raises(ValueError, match="the model must generate from classes only"):
+        check_data(pipe, open_shards(tiny_shards))
 
 
 @pytest.mark.slow

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from maskgit_pl.data import InOrder
 from maskgit_pl.evaluation.likelihood import encode_real_images, exact_nll, masked_nll, negative_elbo
-from maskgit_pl.grids import to_unit_range
 from maskgit_pl.masking import MaskSampler
+from maskgit_pl.networks.vqgan import to_unit_range
 from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.schedules import mask_schedules, num_masked
 from tests.evaluation.feature_networks import open_shards

@@ -120,7 +120,8 @@ def run(tiny_pretrained: Path, tiny_shards: Path, tmp_path: Path, monkeypatch: p
     """A run whose classifier is trained for a moment, and the metric of the documentation, installed."""
     package = PAGE.read_text().split("## A metric")[1]
     code = package.split("```python\n")[1].split("```")[0]
-    points = "[maskgit_pl.metrics]\nnearest = nearest_image:NearestImage\n"
+    # Not the name of the documentation: who follows it here may have registered that one.
+    points = "[maskgit_pl.metrics]\npackaged = nearest_image:NearestImage\n"
     install(tmp_path / "site", name="nearest-image", entry_points=points, modules={"nearest_image": code})
     monkeypatch.syspath_prepend(str(tmp_path / "site"))
     monkeypatch.chdir(tmp_path)
@@ -133,24 +134,26 @@ def run(tiny_pretrained: Path, tiny_shards: Path, tmp_path: Path, monkeypatch: p
 
 @pytest.mark.slow
 def test_a_metric_of_another_package_is_measured_printed_and_searched_for(run: Path, tiny_shards: Path, capsys) -> None:
-    options = evaluation.EvaluationOptions(num_steps=2, likelihood_images=4, device="cpu")
-    report = evaluation.evaluate(run, data=tiny_shards, num_images=6, features=["classifier"], options=options)
+    options = evaluation.EvaluationOptions(
+        data=tiny_shards, num_images=6, features=["classifier"], num_steps=2, likelihood_images=4, device="cpu"
+    )
+    report = evaluation.evaluate(run, options)
     values = json.loads((run / "evaluation.json").read_text())["samples"]["exported_guidance"]
-    assert values["nearest/classifier"] > 0
+    assert values["packaged/classifier"] > 0
     console = Console(width=200, record=True)
     console.print(report.table())
-    shown = rf"nearest real image \(classifier\) +│ +{values['nearest/classifier']:.3f} "
+    shown = rf"nearest real image \(classifier\) +│ +{values['packaged/classifier']:.3f} "
     assert re.search(shown, console.export_text())
     rows = evaluation.Ledger(run / "evaluation" / "ledger.jsonl").rows("samples")
-    assert values["nearest/classifier"] in [row["nearest"] for row in rows]
+    assert values["packaged/classifier"] in [row["packaged"] for row in rows]
 
     common = [str(run), "--data", str(tiny_shards), "--num-images", "6", "--device", "cpu"]
     words = [*common, "--features", "classifier", "--cas-model", "none", "--results", "res"]
     assert run_script("table_1", *words) == 0
     page = next(Path("res").glob("*/table-1.md")).read_text()
     assert "nearest real image" in page
-    assert main(["tune", *common, "--trials", "2", "--metric", "nearest"]) == 0
+    assert main(["tune", *common, "--trials", "2", "--metric", "packaged"]) == 0
     assert "nearest real image" in (run / "tuning" / "tuning.md").read_text()
     capsys.readouterr()
     assert main(["plugins", "metrics"]) == 0
-    assert re.search(r"^metrics +nearest +nearest-image$", capsys.readouterr().out, re.MULTILINE)
+    assert re.search(r"^metrics +packaged +nearest-image$", capsys.readouterr().out, re.MULTILINE)

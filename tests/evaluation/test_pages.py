@@ -6,13 +6,15 @@ import pytest
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.evaluation.ablation_page import make_ablation_page
 from maskgit_pl.evaluation.pages import Page, heading
-from maskgit_pl.evaluation.schedule_table import ScheduleResult, make_schedule_page
 from maskgit_pl.evaluation.tuning import Trial, TuningResult, make_page
+from paper.schedule_table import ScheduleResult, make_schedule_page
 from paper.table_1 import make_generation_page
 from paper.table_2 import make_editing_page
-from tests.evaluation import test_ablation_page, test_comparison, test_tuning
+from tests.evaluation import test_ablation_page, test_tuning
 from tests.hostile_words import HOSTILE
 from tests.test_errors import structure
+
+REAL = {"fid": 0.5, "kid": 0.0, "class_agreement": 0.9, "num_images": 12}
 
 
 def test_a_page_is_written_to_its_folder(tmp_path: Path) -> None:
@@ -67,9 +69,9 @@ def pages(word: str) -> list[Page]:
     facts = {name: word for name in words if name not in ("model", "run", "network")}
     trials = [Trial(number, DecodingConfig(8, word), test_tuning.numbers(2.0 - number / 9)) for number in range(2)]
     protocol = {**test_ablation_page.PROTOCOL, "machine": word, "dataset": word, "decoding": word,
-                "variants": ["base", word], "base": {word: word}}  # fmt: skip
+                "variants": ["base", word], "base": {word: word}, "of": word, "at": [word]}  # fmt: skip
     variants = [
-        test_ablation_page.row("base", 0, 2.0, protocol),
+        test_ablation_page.row("base", 0, 2.0, protocol, best_steps=4, fid_by_steps={"4": 2.0}),
         test_ablation_page.row(word, 0, 3.0, protocol),
         test_ablation_page.row(word, 1, None, protocol, failure=word),
     ]
@@ -77,8 +79,7 @@ def pages(word: str) -> list[Page]:
         make_generation_page(rows, [cas]),
         make_editing_page(rows),
         schedule_page(word, **facts),
-        test_comparison.page_of([test_comparison.measured(word, 8, 2.0)]),
-        make_page(TuningResult("fid/classifier", tuple(trials), tuple(trials), 10), test_comparison.REAL),
+        make_page(TuningResult("fid/classifier", tuple(trials), tuple(trials), 10), REAL),
         make_ablation_page("x", variants),
     ]
 

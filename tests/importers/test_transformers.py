@@ -1,4 +1,4 @@
-"""Transformers of Halton-MaskGIT and MaskGIL have the logits of the original, and sizes that are read from the file.
+"""Transformers of Halton-MaskGIT have the logits of the original, and sizes that are read from the file.
 
 ``pytest -s`` prints the largest differences of logits, which docs/released-weights.md quotes.
 """
@@ -8,28 +8,18 @@ import math
 import pytest
 import torch
 
-from maskgit_pl.importers.transformers import HALTON, MASKGIL, import_transformer, transformer_layout_of
+from maskgit_pl.importers.transformers import convert_weights, import_transformer, published_decoding, read_config
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
 from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.pretrained.networks import load_tokenizer, load_transformer, save_tokenizer
 from tests.forked import in_own_process
-from tests.importers.transformer_references import (
-    HALTON_SIZES,
-    MASKGIL_SIZES,
-    Halton,
-    MaskGIL,
-    put,
-    randomise,
-    save_checkpoint,
-)
+from tests.importers.transformer_references import HALTON_SIZES, Halton, put, randomise, save_checkpoint
 
 SMALL = {"codes": 24, "classes": 5, "side": 4, "size": 32, "blocks": 2, "heads": 4}
 CASES = [
-    (Halton, {"registers": 0}),
-    (Halton, {"size": 40, "heads": 6, "side": 3}),  # heads that do not divide D
-    (Halton, {"classes": 1, "size": 64}),
-    (MaskGIL, {"blocks": 1}),
-    (MaskGIL, {"size": 96, "heads": 6}),
+    {"registers": 0},
+    {"size": 40, "heads": 6, "side": 3},  # heads that do not divide D
+    {"classes": 1, "size": 64},
 ]
 
 
@@ -63,18 +53,18 @@ def compare(network, original, *, side):
     expected = original(tokens, labels)
     difference = float((network(tokens, labels, vocabulary="all") - expected).abs().max())
     print(
-        f"{type(original).__name__} of size {network.config.embed_dim}, {network.config.depth} blocks: largest "
-        f"difference {difference:.1e} of logits up to {float(expected.abs().max()):.1f}"
+        f"size {network.config.embed_dim}, {network.config.depth} blocks: largest difference {difference:.1e} of "
+        f"logits up to {float(expected.abs().max()):.1f}"
     )
     assert expected.std() > 0.5  # a network that computes something
     assert difference < 2e-5  # at published sizes, sums of up to 2048 products
     return tokens, labels, expected
 
 
-@pytest.mark.parametrize(("kind", "changes"), CASES)
-def test_logits_are_those_of_the_original(kind, changes, tokenizer, tmp_path):
+@pytest.mark.parametrize("changes", CASES)
+def test_logits_are_those_of_the_original(changes, tokenizer, tmp_path):
     sizes = {**SMALL, **changes}
-    original = randomise(kind(**sizes))
+    original = randomise(Halton(**sizes))
     file = save_checkpoint(original, tmp_path / "a.pth")
     folder = tokenizer(image_size=2 * sizes["side"])
     imported = import_transformer(file, tmp_path / "out", tokenizer=folder, num_heads=sizes["heads"])
@@ -86,26 +76,22 @@ def test_logits_are_those_of_the_original(kind, changes, tokenizer, tmp_path):
     torch.testing.assert_close(network.forward_at(tokens, labels, positions), rows, rtol=0, atol=1e-5)
 
 
-def check_published(kind, size, tokenizer, folder):
+def check_published(size, tokenizer, folder):
     embed_dim, blocks, heads = size
-    original = randomise(kind(codes=16384, classes=1000, side=16, size=embed_dim, blocks=blocks, heads=heads))
+    original = randomise(Halton(codes=16384, classes=1000, side=16, size=embed_dim, blocks=blocks, heads=heads))
     import_transformer(save_checkpoint(original, folder / "a.pth"), folder / "out", tokenizer=tokenizer)
     compare(load_transformer(folder / "out" / "transformer").network, original, side=16)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("kind", "size"),
-    [(Halton, HALTON_SIZES["tiny"]), (Halton, HALTON_SIZES["small"]), (MaskGIL, MASKGIL_SIZES["B"])],
-    ids=["Halton-MaskGIT tiny", "Halton-MaskGIT small", "MaskGIL-B"],
-)
-def test_logits_are_those_of_the_original_at_published_sizes(kind, size, tokenizer, tmp_path):
-    in_own_process(check_published, kind, size, tokenizer(codes=16384, image_size=32), tmp_path)
+@pytest.mark.parametrize("name", ["tiny", "small"])
+def test_logits_are_those_of_the_original_at_published_sizes(name, tokenizer, tmp_path):
+    in_own_process(check_published, HALTON_SIZES[name], tokenizer(codes=16384, image_size=32), tmp_path)
 
 
-def published(kind, size, blocks, heads, **changes):
+def published(size, blocks, heads, **changes):
     with torch.device("meta"):
-        return kind(codes=16384, classes=1000, size=size, blocks=blocks, heads=heads, **changes)
+        return Halton(codes=16384, classes=1000, size=size, blocks=blocks, heads=heads, **changes)
 
 
 def count(tensors):
@@ -126,17 +112,16 @@ def check_fits(config, weights):
 )
 def test_the_published_halton_networks_are_read_from_their_tensors(name, side, millions, scale):
     size, blocks, heads = HALTON_SIZES[name]
-    original = published(Halton, size, blocks, heads, side=side)
+    original = published(size, blocks, heads, side=side)
     tensors = original.state_dict()
     del tensors["head.weight"]
     assert round(count(tensors) / 1e6) == millions  # README: 23, 69, 142, 480 million
-    assert transformer_layout_of(tensors) is HALTON
-    config = HALTON.read_config(tensors, (16, 16), None)
+    config = read_config(tensors)
     assert (config.codebook_size, config.num_classes, config.grid) == (16384, 1000, (side, side))
     assert (config.embed_dim, config.depth, config.num_heads, config.num_registers) == (size, blocks, heads, 1)
     assert config.mlp_dim == original.transformer.layers[0].ff.w1.out_features
-    check_fits(config, HALTON.convert(tensors, config))
-    decoding = HALTON.decoding(config)
+    check_fits(config, convert_weights(tensors, config))
+    decoding = published_decoding(config)
     assert (decoding.num_steps, decoding.token_selector) == (32, "halton")
     assert decoding.guidance == {"name": "constant", "scale": scale}
     # The sampler's count after t steps, by its description.
@@ -146,41 +131,12 @@ def test_the_published_halton_networks_are_read_from_their_tensors(name, side, m
     assert after[-1] == num_tokens
 
 
-@pytest.mark.parametrize(("name", "millions"), [("B", 111), ("L", 343), ("XL", 775), ("XXL", 1411)])
-def test_the_published_maskgil_networks_are_read_from_their_tensors(name, millions):
-    size, blocks, heads = MASKGIL_SIZES[name]
-    tensors = published(MaskGIL, size, blocks, heads, side=16).state_dict()
-    assert round(count(tensors) / 1e6) == millions  # README: 111M, 343M, 775M, 1.4B
-    assert transformer_layout_of(tensors) is MASKGIL
-    config = MASKGIL.read_config(tensors, (16, 16), None)
-    assert (config.codebook_size, config.num_classes, config.grid) == (16384, 1000, (16, 16))
-    assert (config.embed_dim, config.depth, config.num_heads) == (size, blocks, heads)
-    check_fits(config, MASKGIL.convert(tensors, config))
-    decoding = MASKGIL.decoding(config)
-    assert decoding.guidance == {"name": "linear", "scale": 4.0}
-    assert decoding.token_selector == {"name": "confidence", "choice_temperature": 4.5}
-    # The sampler's list, by its description: shares arccos(r) for r from 1 to 0, rounded, at least one, the rest last.
-    shares = torch.linspace(1, 0, 32).acos()
-    expected = (shares / shares.sum() * 256).round().clamp(min=1)
-    expected[-1] += 256 - expected.sum()
-    assert list(decoding.tokens_per_step) == expected.int().tolist()
-
-
 @pytest.mark.parametrize("side", [4, 5, 6, 8])
 def test_small_grids_have_steps_too(side):
-    for kind, layout in ((Halton, HALTON), (MaskGIL, MASKGIL)):
-        tensors = published(kind, 32, 1, 4, side=side).state_dict()
-        decoding = layout.decoding(layout.read_config(tensors, (side, side), 4))
-        decoding.check(side**2, is_autoregressive=False)
-        assert decoding.num_steps == min(32, side**2)
-
-
-def test_maskgil_has_the_grid_of_a_tokenizer_of_wide_images(tokenizer, tmp_path):
-    file = save_checkpoint(randomise(MaskGIL(**SMALL)), tmp_path / "a.pth")
-    import_transformer(file, tmp_path / "out", tokenizer=tokenizer(image_size=(4, 16)), num_heads=4)
-    pipe = MaskGIT.from_pretrained(tmp_path / "out")
-    assert pipe.tokenizer.grid == pipe.transformer.network.config.grid == (2, 8)
-    assert pipe.generate([0], seed=0)[0].size == (16, 4)
+    tensors = published(32, 1, 4, side=side).state_dict()
+    decoding = published_decoding(read_config(tensors, 4))
+    decoding.check(side**2, is_autoregressive=False)
+    assert decoding.num_steps == min(32, side**2)
 
 
 def test_the_image_size_follows_from_the_grid_of_the_transformer(tokenizer, tmp_path):
@@ -191,23 +147,18 @@ def test_the_image_size_follows_from_the_grid_of_the_transformer(tokenizer, tmp_
 
 
 ONES, ZERO = torch.ones(1).expand(1 << 22, 256), torch.zeros(1)
-NETWORKS = {
-    "Halton": lambda: Halton(**SMALL).state_dict(),
-    "MaskGIL": lambda: MaskGIL(**SMALL).state_dict(),
-    "nothing": dict,
-}
-REFUSED = [  # a network, what is done to its tensors, and the message
-    ("nothing", put("fc.weight", ZERO), r"must be a transformer of Halton-MaskGIT or MaskGIL, got something else \(fc"),
-    ("Halton", put("pos_emb.weight", torch.zeros(15, 32)), r"pos_emb\.weight must have shape \(9, 32\), got"),
-    ("Halton", put("pos_emb.weight", ONES), r"pos_emb\.weight' must be stored in full, got 4\.29 GB made of 4 bytes"),
-    ("Halton", put("in_proj.weight", ZERO), r"'in_proj\.weight' is not in the network"),
-    ("MaskGIL", put("tok_emb.weight", torch.zeros(26, 32)), r"num_classes must be an integer in \[1, 100000\], got 0"),
+REFUSED = [  # what is done to the tensors, and the message
+    (lambda weights: weights.pop("cls_emb.weight"), r"must be a transformer of Halton-MaskGIT, got something else"),
+    (put("pos_emb.weight", torch.zeros(15, 32)), r"pos_emb\.weight must have shape \(9, 32\), got"),
+    (put("pos_emb.weight", ONES), r"pos_emb\.weight' must be stored in full, got 4\.29 GB made of 4 bytes"),
+    (put("in_proj.weight", ZERO), r"'in_proj\.weight' is not in the network"),
+    (put("cls_emb.weight", torch.zeros(1, 32)), r"num_classes must be an integer in \[1, 100000\], got 0"),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("kind", "damage", "message"), REFUSED)
-def test_another_network_is_refused_in_one_line_and_nothing_is_written(kind, damage, message, tokenizer, tmp_path):
-    weights = NETWORKS[kind]()
+@pytest.mark.parametrize(("damage", "message"), REFUSED)
+def test_another_network_is_refused_in_one_line_and_nothing_is_written(damage, message, tokenizer, tmp_path):
+    weights = Halton(**SMALL).state_dict()
     damage(weights)
     torch.save({"model_state_dict": weights}, tmp_path / "file.pth")
     with pytest.raises(ValueError, match=message) as refusal:
@@ -218,15 +169,14 @@ def test_another_network_is_refused_in_one_line_and_nothing_is_written(kind, dam
 
 
 @pytest.mark.parametrize(
-    ("kind", "heads", "message"),
+    ("heads", "message"),
     [
-        (MaskGIL, None, r"heads must be given for a network of 2 blocks of size 32.*add --num-heads"),
-        (Halton, 6, "multiple of num_heads"),
-        (MaskGIL, 33, "multiple of num_heads"),
+        (None, r"heads must be given for a network of 2 blocks of size 32.*add --num-heads"),
+        (6, "multiple of num_heads"),
     ],
 )
-def test_heads_that_are_missing_or_do_not_fit_are_refused(kind, heads, message, tokenizer, tmp_path):
-    file = save_checkpoint(kind(**SMALL), tmp_path / "a.pth")
+def test_heads_that_are_missing_or_do_not_fit_are_refused(heads, message, tokenizer, tmp_path):
+    file = save_checkpoint(Halton(**SMALL), tmp_path / "a.pth")
     with pytest.raises(ValueError, match=message):
         import_transformer(file, tmp_path / "out", tokenizer=tokenizer(), num_heads=heads)
 

@@ -1,7 +1,7 @@
-"""The transformers of Halton-MaskGIT and of MaskGIL in plain torch, with the names of their tensors.
+"""The transformer of Halton-MaskGIT in plain torch, with the names of their tensors.
 
-Written from their description and from the names and shapes of their state dicts; nothing of the package is imported,
-so that a mistake in our networks cannot hide here. ``save_checkpoint`` writes files as their training programs do.
+Written from its description and from the names and shapes of its state dicts; nothing of the package is imported, so
+that a mistake in our networks cannot hide here. ``save_checkpoint`` writes files as its training program does.
 """
 
 from __future__ import annotations
@@ -17,12 +17,6 @@ HALTON_SIZES = {  # published sizes: (D, blocks, heads), README of valeoai/Halto
     "small": (512, 12, 6),
     "base": (768, 12, 12),
     "large": (1024, 24, 16),
-}
-MASKGIL_SIZES = {  # published sizes: (D, blocks, heads), README of synbol/MaskGIL
-    "B": (768, 12, 12),
-    "L": (1024, 24, 16),
-    "XL": (1280, 36, 20),
-    "XXL": (1536, 48, 24),
 }
 
 
@@ -129,79 +123,19 @@ class Halton(nn.Module):
         return self.head(x)
 
 
-class MaskGILAttention(nn.Module):
-    def __init__(self, size: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.wqkv, self.wo = nn.Linear(size, 3 * size, bias=False), nn.Linear(size, size, bias=False)
-
-    def forward(self, x: Tensor, turns: Tensor) -> Tensor:
-        query, key, value = self.wqkv(x).unflatten(-1, (3, self.heads, -1)).unbind(2)
-        query, key = turn(query, turns), turn(key, turns)
-        return self.wo(attend(query, key, value))
-
-
-def turn(x: Tensor, turns: Tensor) -> Tensor:
-    """Multiplies neighbouring pairs of (B, S, heads, d), read as complex numbers, by (S, d / 2)."""
-    pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous())
-    return torch.view_as_real(pairs * turns[:, None]).flatten(-2)
-
-
-class MaskGILBlock(nn.Module):
-    def __init__(self, size: int, heads: int) -> None:
-        super().__init__()
-        self.attention_norm, self.ffn_norm = Scale(size), Scale(size)
-        self.attention, self.feed_forward = MaskGILAttention(size, heads), GatedMLP(size)
-
-    def forward(self, x: Tensor, turns: Tensor) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), turns)
-        return x + self.feed_forward(self.ffn_norm(x))
-
-
-class MaskGIL(nn.Module):
-    """MaskGIL: LLaMA's blocks with attention to all; the class is the last token of the sequence.
-
-    The table of rotary factors starts with a row of zeros, meant for a class in front. The class is at the end, so the
-    zeros fall on the first token of the image, and each other position is turned by one place less than its own.
-    """
-
-    def __init__(self, *, codes: int, classes: int, side: int, size: int, blocks: int, heads: int) -> None:
-        super().__init__()
-        self.codes, self.classes, self.size_of_head = codes, classes, size // heads
-        self.tok_emb = nn.Embedding(codes + 1 + classes + 1, size)
-        self.layers = nn.ModuleList(MaskGILBlock(size, heads) for _ in range(blocks))
-        self.norm = Scale(size)
-        self.output = nn.Linear(size, codes + 1, bias=False)
-
-    def turns(self, length: int) -> Tensor:
-        steps = torch.arange(0, self.size_of_head, 2)[: self.size_of_head // 2]
-        frequencies = 10_000.0 ** (-steps.float() / self.size_of_head)
-        angles = torch.outer(torch.arange(length - 1).float(), frequencies)
-        turns = torch.complex(angles.cos(), angles.sin())
-        return torch.cat([torch.zeros_like(turns[:1]), turns])
-
-    def forward(self, tokens: Tensor, labels: Tensor) -> Tensor:
-        """Logits (B, N, K + 1) of tokens (B, N), masked ones K; the label ``classes`` is that of no class."""
-        x = self.tok_emb(torch.cat([tokens, self.codes + 1 + labels.unsqueeze(1)], 1))
-        turns = self.turns(x.shape[1])
-        for block in self.layers:
-            x = block(x, turns)
-        return self.output(self.norm(x))[:, :-1]
-
-
 def randomise(network: nn.Module, *, seed: int = 0) -> nn.Module:
     """Draws every weight, also those that start at zero or one, at sizes that keep activations near 1."""
     generator = torch.Generator().manual_seed(seed)
     for name, weight in network.named_parameters():
         scale = weight.shape[-1] ** -0.5 if weight.dim() > 1 else 0.1
-        if "emb" in name:  # the head of Halton-MaskGIT multiplies by this table: its logits have a size near 1
+        if "emb" in name:  # the head multiplies by this table: its logits have a size near 1
             scale *= 0.6
         weight.data = scale * torch.randn(weight.shape, generator=generator) + ("norm" in name or ".ln" in name)
     return network.eval().requires_grad_(requires_grad=False)
 
 
 def save_checkpoint(network: nn.Module, file: Path) -> Path:
-    """Writes the file that the training programs of both projects write."""
+    """Writes the file that its training program writes."""
     weights = network.state_dict()
     torch.save({"iter": 5, "global_epoch": 1, "model_state_dict": weights, "optimizer_state_dict": None}, file)
     return file

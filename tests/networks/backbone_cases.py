@@ -21,8 +21,7 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {  # of backbones that have options; 
         {"class_dropout": 0.0, "num_registers": 0},
         {"condition_dim": 6},
         {"condition_dim": 6, "class_dropout": 0.0},
-        {"conditioning": "token", "condition_dim": 6},
-        {"conditioning": "token", "num_token_groups": 4},
+        {"num_token_groups": 4},
     ],
 }
 

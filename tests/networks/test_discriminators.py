@@ -13,8 +13,7 @@ from maskgit_pl.networks.discriminators import (
     PatchDiscriminatorConfig,
     discriminators,
 )
-from maskgit_pl.tokenizer.losses import AdversarialConfig
-from maskgit_pl.transformer import losses
+from maskgit_pl.tokenizer.adversarial import AdversarialConfig, generator_loss, r1_penalty
 
 SMALL = {"stylegan": {"channel_multiplier": 1 / 64}, "patchgan": {"base_channels": 4, "num_layers": 2}}
 SPECS = [{"name": name, **SMALL.get(name, {})} for name in discriminators.names()]
@@ -34,7 +33,7 @@ def test_gradients_of_the_logits_reach_every_image_and_weight(spec, in_channels,
     logits = network(images)
     assert len(logits) == 3
     assert logits.dtype == torch.float32
-    losses.generator_loss(logits, kind="hinge").backward()
+    generator_loss(logits, kind="hinge").backward()
     assert images.grad.flatten(1).norm(dim=1).min() > 0
     assert all(parameter.grad is not None for parameter in network.parameters())
 
@@ -43,7 +42,7 @@ def test_gradients_of_the_logits_reach_every_image_and_weight(spec, in_channels,
 def test_the_r1_penalty_is_the_mean_of_that_of_each_image(spec):
     network, images = network_of(spec), torch.rand(3, 3, 16, 16)
     whole = images.clone().requires_grad_()
-    penalty = losses.r1_penalty(network(whole), whole)
+    penalty = r1_penalty(network(whole), whole)
     # The definition: the squared norm of the gradient of an image's mean logit.
     parts = [image.unsqueeze(0).clone().requires_grad_() for image in images]
     squares = [torch.autograd.grad(network(part).mean(), part)[0].square().sum() for part in parts]

@@ -96,7 +96,7 @@ def test_a_small_file_that_describes_large_tensors_is_refused(tmp_path, legacy):
     state = {"0.weight": torch.ones(1).expand(40_000, 30_000)}  # 4.8 GB in 1 kB
     torch.save(state, file, _use_new_zipfile_serialization=not legacy)
     assert file.stat().st_size < 2000
-    with pytest.raises(ValueError, match=r"model\.pth .*: tensor '0\.weight' must be stored in full, got 4.8 GB"):
+    with pytest.raises(ValueError, match=r"model\.pth: tensor '0\.weight' must be stored in full, got 4.8 GB"):
         read_weights(file, thing="judge")
 
 

@@ -13,7 +13,6 @@ from maskgit_pl.networks.backbone import backbones
 from maskgit_pl.networks.discriminators import DiscriminatorConfig
 from maskgit_pl.networks.transformer import TransformerConfig
 from maskgit_pl.networks.vqgan import VQGANConfig
-from maskgit_pl.runs.build import build_without_weights
 from maskgit_pl.runs.costs import (
     StepMeter,
     checkpoint_bytes,
@@ -21,12 +20,13 @@ from maskgit_pl.runs.costs import (
     step_memory,
     useful_flops,
 )
+from maskgit_pl.runs.fitting import build_without_weights
 from maskgit_pl.runs.plan import plan_run
-from maskgit_pl.tokenizer.losses import AdversarialConfig
+from maskgit_pl.tokenizer.adversarial import AdversarialConfig
 from maskgit_pl.training.checkpoints import newest_checkpoint
 from tests.conftest import tiny_flags
 from tests.networks.backbone_cases import small_config
-from tests.short_runs import autoregressive_model, masked_model, tokenizer_model
+from tests.short_runs import autoregressive_model, masked_model, replay_step, tokenizer_model
 
 VQGAN = VQGANConfig(
     1, base_channels=32, channel_multipliers=(1, 2), num_res_blocks=1, num_groups=8, codebook_size=16, code_dim=8
@@ -107,9 +107,9 @@ def test_the_memory_and_the_work_of_stage_1_are_those_of_a_real_step(checkpointi
     number = torch.zeros(4, dtype=torch.int64)
     images = torch.zeros(4, 1, 16, 16, dtype=torch.uint8)
     batch = Batch(images, number, number, number, number, number == 0)
-    module.replay_step(batch, step=0)  # the first call makes tensors that stay
+    replay_step(module, batch, step=0)  # the first call makes tensors that stay
     networks = [module.network, module.discriminator]
-    peak = peak_of([*networks, module.ema_network], lambda: module.replay_step(batch, step=0))
+    peak = peak_of([*networks, module.ema_network], lambda: replay_step(module, batch, step=0))
     assert memory.activations == pytest.approx(peak, rel=0.02)
     trained = sum(parameter.numel() for network in networks for parameter in network.parameters())
     averaged = sum(parameter.numel() for parameter in module.ema_network.parameters())
@@ -154,5 +154,5 @@ def test_the_size_of_a_checkpoint_is_that_of_its_files(tmp_path, tiny_shards, ti
     runs.fit(recipe, **folders)
     newest = newest_checkpoint(tmp_path / "one" / stage / "checkpoints")
     size = sum(file.stat().st_size for file in newest.iterdir())
-    module = build_without_weights(plan_run(recipe, **folders)).model
+    _, module = build_without_weights(plan_run(recipe, **folders))
     assert checkpoint_bytes(module) == pytest.approx(size, rel=0.03)

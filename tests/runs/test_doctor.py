@@ -77,10 +77,10 @@ def test_a_run_that_can_start_is_described_and_nothing_is_written(examine, stage
         ([], {"data": Path("nowhere")}, "data", ["data nowhere: no such folder", "maskgit data make"]),
         ([], {"tokenizer": Path("none")}, "tokenizer", ["tokenizer none: no config.json there"]),
         (
-            ["--model.perceptual={network: {name: timm, model: resnet18, weights: no-such-file}, weight: 0.1}"],
+            ["--model.losses=[{name: perceptual, network: {name: timm, model: resnet18, weights: no-such-file}}]"],
             {"stage": "tokenizer"},
             "recipe",
-            ["got no-such-file", "--model.perceptual.network.weights FILE"],
+            ["got no-such-file", "--model.losses.perceptual.network.weights FILE"],
         ),
         ([], {"run": Path("/proc/1/runs/one"), "cluster": "single"}, "disk", ["writable", "/proc/1"]),
     ],

@@ -1,18 +1,25 @@
 """Runs from Python: both stages in one process, the return values, and the files that remain."""
 
+import gc
 import inspect
+import logging
 import os
+import random
 import re
 import shutil
 import signal
+import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from lightning.pytorch import Trainer
 
-from maskgit_pl import MaskGIT, processes, runs
+from maskgit_pl import MaskGIT, files, processes, runs
 from maskgit_pl.errors import PreemptedError
 from maskgit_pl.pretrained.networks import fingerprint
+from maskgit_pl.runs.fitting import build, leave_no_trace
 from maskgit_pl.training.checkpoints import newest_checkpoint
 from maskgit_pl.training.stopping import StepCheck
 from tests.conftest import tiny_flags
@@ -77,6 +84,66 @@ def test_ctrl_c_raises_and_the_same_call_resumes(tiny_shards, tmp_path, monkeypa
     newest = newest_checkpoint(tmp_path / "one" / "tokenizer" / "checkpoints")
     assert newest.name == ("step-00000003" if presses == 1 else "step-00000002")
     assert runs.fit(long, **where).step == 5
+
+
+def state() -> dict[str, object]:
+    """Returns the settings of the process that results or messages may depend on."""
+    loggers = [logging.getLogger(name) for name in (None, "maskgit_pl", "lightning", "lightning.pytorch")]
+    return {
+        "threads": torch.get_num_threads(),
+        "matmul": torch.get_float32_matmul_precision(),
+        "tf32": torch.backends.cudnn.allow_tf32,
+        "benchmark": torch.backends.cudnn.benchmark,
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "warn only": torch.is_deterministic_algorithms_warn_only_enabled(),
+        "dtype": torch.get_default_dtype(),
+        "gradients": torch.is_grad_enabled(),
+        "torch": torch.get_rng_state().tolist(),
+        "numpy": str(np.random.get_state()),  # the global generator
+        "python": random.getstate(),
+        "warnings": list(warnings.filters),
+        "lightning": [(each.level, list(each.handlers), each.propagate) for each in loggers],
+        "handlers": [signal.getsignal(number) for number in processes.SIGNALS],
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("options", "changed"),
+    [
+        (
+            {"trainer__deterministic": True, "cpu_threads": 3},
+            {"deterministic", "tf32", "torch", "warnings", "lightning", "handlers", "threads"},
+        ),
+        ({"matmul_precision": "high", "trainer__benchmark": True}, {"matmul", "benchmark"}),
+    ],
+)
+def test_the_process_is_as_before_a_training_and_its_memory_is_free(
+    options, changed, tiny_shards, tmp_path, monkeypatch
+):
+    # The defaults, which an earlier test may have changed.
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    monkeypatch.setattr(logging.getLogger("lightning.pytorch"), "level", logging.INFO)
+    inside = []
+    plain = StepCheck.on_train_batch_end
+    monkeypatch.setattr(StepCheck, "on_train_batch_end", lambda *args: (inside.append(state()), plain(*args))[1])
+    before = state()
+    runs.fit(recipe("tokenizer", **options), run=tmp_path / "run", data=tiny_shards)
+    assert {name for name, value in inside[-1].items() if value != before[name]} >= changed
+    assert {name for name, value in state().items() if value != before[name]} == set()
+    assert [each for each in gc.get_objects() if isinstance(each, Trainer)] == []
+
+
+def test_a_start_opens_each_manifest_once(tiny_shards, tiny_pretrained, tmp_path, monkeypatch):
+    opened, own = list[Path](), files.open_regular
+    monkeypatch.setattr(files, "open_regular", lambda path: (opened.append(Path(path)), own(path))[1])
+    folders = {"run": tmp_path / "one", "data": tiny_shards, "tokenizer": tiny_pretrained / "tokenizer"}
+    plan = runs.plan_run(recipe("transformer", max_passes=1), **folders)
+    with leave_no_trace():
+        build(plan).datamodule.setup()
+    assert [opened.count(tiny_shards / f"{split}.json") for split in ("train", "val")] == [1, 1]
+    # The tokenizer is loaded after the values are known.
+    assert opened.count(tiny_pretrained / "tokenizer" / "config.json") == 2
 
 
 def test_a_run_is_a_name_in_runs_or_a_folder(tiny_shards, tmp_path, monkeypatch):

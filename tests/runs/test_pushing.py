@@ -64,7 +64,7 @@ def test_a_model_is_pushed_and_loaded_by_its_name(folder: Path, hub: LocalHub, t
 
 
 def test_files_of_an_older_model_are_deleted_and_others_stay(folder: Path, hub: LocalHub):
-    older = ("decoding.json", "negative/model.safetensors", "pipeline.py", "LICENSE.txt")
+    older = ("decoding.json", "negative/model.safetensors", "LICENSE.txt")
     others = ("notes.txt", "negative/notes.txt", ".gitattributes")
     (folder / "decoding.json").unlink(missing_ok=True)
     (folder / "inspect.html").write_text("of no model")  # not sent

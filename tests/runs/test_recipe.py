@@ -12,11 +12,10 @@ import pytest
 import yaml
 
 from maskgit_pl.files import read_yaml
-from maskgit_pl.runs.build import build
-from maskgit_pl.runs.layers import Layer
+from maskgit_pl.runs.fitting import build
 from maskgit_pl.runs.plan import Plan
-from maskgit_pl.runs.recipe import Recipe, recipe_files
-from maskgit_pl.runs.settings import known_keys
+from maskgit_pl.runs.recipe import Layer, Recipe, merge, parse_spec, parse_specs, recipe_files, value_at, without_keys
+from maskgit_pl.runs.resolve import known_keys
 from tests.conftest import tiny_flags
 
 
@@ -188,6 +187,49 @@ def test_a_mistake_is_answered_with_its_file_or_flag_and_the_key(tmp_path, text,
     assert "\n" not in str(caught.value)
 
 
+def test_later_trees_override_keys_and_replace_named_objects():
+    trees = [
+        {"a": {"x": 1, "y": 2}, "spec": {"name": "pow", "exponent": 3}, "word": "cosine", "null": None},
+        {"a": {"x": 5}, "spec": {"name": "log"}, "word": {"rate": 2}, "null": {"z": 1}},
+        {"spec": {"base": 2}},
+    ]
+    assert merge(trees) == {
+        "a": {"x": 5, "y": 2},
+        "spec": {"name": "log", "base": 2},
+        "word": {"name": "cosine", "rate": 2},
+        "null": {"z": 1},
+    }
+    assert trees[0]["spec"] == {"name": "pow", "exponent": 3}
+
+
+def test_a_dotted_key_is_read_and_removed():
+    tree = {"a": {"b": {"c": 1, "d": None}}, "word": "x"}
+    assert [value_at(tree, key) for key in ("a.b.c", "a.b.d", "a.x.c", "word.x")] == [1, None, None, None]
+    assert without_keys(tree, ("a.b.c", "a.b.d", "a.x.c", "word.x", "gone")) == {"a": {"b": {}}, "word": "x"}
+    assert without_keys(tree, ("word", "a.b")) == {"a": {}}
+    assert tree == {"a": {"b": {"c": 1, "d": None}}, "word": "x"}
+
+
+REMDM = {"name": "remdm", "eta": 0.4}
+
+
+@pytest.mark.parametrize(
+    ("parse", "text", "value"),
+    [
+        (parse_specs, "halton, {name: remdm, eta: 0.4}", ["halton", REMDM]),
+        (parse_specs, '{"name": "remdm", "eta": 0.4},halton,', [REMDM, "halton"]),
+        (parse_spec, "linear", "linear"),
+        (parse_spec, "1e-3", "1e-3"),  # a name is no YAML
+        (parse_spec, "true", "true"),
+        (parse_spec, '{"name": "remdm", "eta": 4e-1}', REMDM),
+        (parse_spec, "{name: remdm, eta: 0.4}", REMDM),
+        (parse_specs, "classifier,inception=a.pt", ["classifier", "inception=a.pt"]),
+    ],
+)
+def test_flags_are_parsed(parse, text, value) -> None:
+    assert parse("--x", text) == value
+
+
 # Recipes and flags that try to run code; a canary module records any success
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -235,7 +277,7 @@ def test_no_recipe_and_no_flag_runs_code(stage: Any, tmp_path, is_awake, tiny_sh
     """Each attack is rejected in one line, or is read as plain data, and never runs code."""
     file, base = tmp_path / "recipe.yaml", Layer("base", read_yaml(RECIPES / stage / "base.yaml"))
     tokenizer = tiny_pretrained / "tokenizer" if stage == "transformer" else None
-    attacks = itertools.product([*known_keys(stage, {}), *MORE], payloads(tmp_path / "inner.yaml"), (False, True))
+    attacks = itertools.product([*known_keys(stage), *MORE], payloads(tmp_path / "inner.yaml"), (False, True))
     answers = set()
     for key, value, is_flag in itertools.islice(attacks, 0, None, EVERY):
         words = [f"--{key}={value if isinstance(value, str) else json.dumps(value)}"] if is_flag else []

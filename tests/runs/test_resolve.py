@@ -1,8 +1,8 @@
-"""The chosen precision, the steps that ``max_passes`` allows, and what must not change when a run resumes."""
+"""The values of a run: ranges, keys of backbones, precision, and what a resumed run keeps."""
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,13 +10,21 @@ import pytest
 import yaml
 
 from maskgit_pl import runs
+from maskgit_pl.files import parse_yaml
+from maskgit_pl.networks.backbone import BUILT_IN, config_class
 from maskgit_pl.runs import resolve
-from maskgit_pl.runs.build import build
-from maskgit_pl.runs.plan import Plan, plan_run
-from maskgit_pl.runs.recipe import Recipe
-from maskgit_pl.runs.resolve import adapt_to_few_images, choose_precision, fixed_settings, list_changes, merge_values
-from maskgit_pl.runs.settings import TrainerSettings
-from maskgit_pl.tokenizer.losses import AdversarialConfig, PerceptualConfig
+from maskgit_pl.runs.fitting import build
+from maskgit_pl.runs.plan import Plan, values_without_data
+from maskgit_pl.runs.recipe import Layer, Recipe, config_text, merge
+from maskgit_pl.runs.resolve import (
+    TrainerSettings,
+    choose_precision,
+    fixed_settings,
+    free_keys,
+    json_schema,
+    list_changes,
+)
+from maskgit_pl.tokenizer.adversarial import AdversarialConfig
 from tests.conftest import tiny_flags
 
 NAMES = {"tokenizer": "base_channels", "transformer": "embed_dim"}
@@ -108,11 +116,25 @@ FIXED = {  # keys other than those of the model
     "data", "data.image_size", "data.in_channels", "data.augmentations", "data.global_batch", "data.seed",
     "trainer.gradient_clip_val",
 }  # fmt: skip
+
+
+def test_the_weights_of_a_term_may_move(tiny_shards, tmp_path):
+    run = build(Plan(Recipe.read("tokenizer", overrides=tiny_flags("tokenizer")), tiny_shards, tmp_path, None))
+    free = free_keys(run.values.model)
+
+    def fixed(**network: str) -> dict:
+        term = {"name": "perceptual", "network": {"name": "timm", "weights": "here.pth", **network}, "weight": 0.1}
+        tree = {**run.values.tree, "model": {**run.values.tree["model"], "losses": ["l2", term]}}
+        return fixed_settings(tree, data="", free=free)
+
+    assert not list_changes(fixed(), fixed(weights="there.pth"))
+    assert list_changes(fixed(), fixed(model="resnet50"))
+
+
 FREE = {
     "tokenizer": {
         "activation_checkpointing", "optimizer.learning_rate.decay",
-        "optimizer.learning_rate.final_fraction", "optimizer.learning_rate.warmup_steps", "perceptual.network.weights",
-        "seed",
+        "optimizer.learning_rate.final_fraction", "optimizer.learning_rate.warmup_steps", "seed",
     },
     "transformer": {
         "activation_checkpointing", "compiled", "decoding", "global_batch",
@@ -139,10 +161,10 @@ def test_every_key_of_a_model_is_fixed_but_those_that_are_free(stage, tiny_shard
     tokenizer = tiny_pretrained / "tokenizer" if stage == "transformer" else None
     run = build(Plan(recipe, tiny_shards, tmp_path, tokenizer))
     config = run.values.tree
-    if stage == "tokenizer":  # the groups that the recipe leaves out
-        perceptual = PerceptualConfig({"name": "timm", "model": "resnet50", "weights": "here.pth"})
-        config["model"] |= {"adversarial": asdict(AdversarialConfig()), "perceptual": asdict(perceptual)}
-    known = {name: run.fixed.get(name) for name in ("data", "tokenizer")}
+    if stage == "tokenizer":  # the group that the recipe leaves out
+        config["model"] |= {"adversarial": asdict(AdversarialConfig())}
+    known = {name: run.checkpoints.settings.get(name) for name in ("data", "tokenizer")}
+    known["free"] = free_keys(run.values.model)
     before = json.loads(json.dumps(fixed_settings(config, **known)))
     fixed = {key for key in before if not key.startswith("model.")}
     assert fixed == {*FIXED, "tokenizer"} if stage == "transformer" else {*FIXED}
@@ -155,46 +177,106 @@ def test_every_key_of_a_model_is_fixed_but_those_that_are_free(stage, tiny_shard
     assert free == FREE[stage]
 
 
+BERT = {"model": {"network": {"embed_dim": 128, "depth": 4, "num_heads": 4, "mlp_dim": 512, "dropout": 0.3}}}
+ADALN = {"model": {"network": {"backbone": "adaln", "num_registers": 3}}}
+
+
+def read(*trees: dict, flags: tuple[str, ...] = ()) -> Recipe:
+    layers = [Layer(f"recipe {number}.yaml", tree) for number, tree in enumerate(trees)]
+    return Recipe.from_layers("transformer", layers, flags)
+
+
+def network_of(recipe: Recipe) -> dict:
+    return recipe.get("model.network")
+
+
+def test_another_backbone_keeps_only_the_common_keys():
+    recipe = read(BERT, ADALN, {"model": {"network": {"num_heads": 2}}})
+    assert network_of(recipe) == {"dropout": 0.3, "backbone": "adaln", "num_registers": 3, "num_heads": 2}
+    assert network_of(read(ADALN, {"model": {"network": {"backbone": "adaln", "depth": 3}}}))["num_registers"] == 3
+    back = read(ADALN, {"model": {"network": {"backbone": "bert"}}}, BERT)
+    assert network_of(back) == {"backbone": "bert", **BERT["model"]["network"]}
+    named = read(BERT, {"model": {"network": {"backbone": "bert"}}})  # the same backbone as before
+    assert network_of(named) == {**BERT["model"]["network"], "backbone": "bert"}
+    # What data and tokenizer determine comes first, without a backbone.
+    sizes = {"model": {"network": {"codebook_size": 16, "num_classes": 3, "grid": [4, 4]}}}
+    assert merge([sizes, ADALN])["model"]["network"].keys() == {
+        "codebook_size", "num_classes", "grid", "backbone", "num_registers",
+    }  # fmt: skip
+
+
+def test_a_flag_changes_a_term_of_a_list_by_its_name():
+    tree = {"model": {"losses": ["l2", {"name": "perceptual", "network": {"name": "lpips", "weights": "a"}}]}}
+    change = {"model": {"losses": {"l2": {"weight": 4.0}, "perceptual": {"network": {"weights": "b"}}}}}
+    assert merge([tree, change])["model"]["losses"] == [
+        {"name": "l2", "weight": 4.0}, {"name": "perceptual", "network": {"name": "lpips", "weights": "b"}},
+    ]  # fmt: skip
+    assert merge([tree, {"model": {"losses": {"perceptual": None}}}])["model"]["losses"] == ["l2"]
+    with pytest.raises(ValueError, match="'l1' must be a name in the list, got a list of l2, perceptual"):
+        merge([tree, {"model": {"losses": {"l1": {"weight": 2.0}}}}])
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_the_order_of_flags_does_not_matter(turned):
+    flags = ("--model.network.backbone=adaln", "--model.network.num_registers=3", "--model.network.embed_dim=64")
+    recipe = read(BERT, flags=tuple(reversed(flags)) if turned else flags)
+    assert network_of(recipe) == {"dropout": 0.3, "backbone": "adaln", "num_registers": 3, "embed_dim": 64}
+    more = recipe.with_overrides(("--model.network.num_registers=2",))
+    assert network_of(more)["num_registers"] == 2
+
+
+def test_missing_keys_get_the_defaults_and_the_record_is_a_recipe():
+    for tree in (BERT, ADALN):
+        given = merge([values_without_data("transformer"), Recipe.read("transformer").tree, tree])
+        run = resolve.resolve("transformer", given)
+        name = tree["model"]["network"].get("backbone", "bert")
+        assert run.model.network == config_class(name)(**{**given["model"]["network"], "grid": (16, 16)})
+        assert run.tree["model"]["network"].keys() == {each.name for each in fields(config_class(name))}
+        again = merge([read(parse_yaml(config_text(run.tree))).tree, {"model": {"tokenizer": ""}}])
+        assert resolve.resolve("transformer", again) == run
+
+
 @pytest.mark.parametrize(
-    ("flags", "steps", "interval", "warmup"),
+    ("trees", "flags", "said"),
     [
-        ({"max_passes": 40}, 600, 500, 100),  # 60 images in batches of 4
-        ({"max_passes": 1}, 400, 400, 80),  # the least
-        ({"max_passes": 1_000_000}, 1000, 500, 100),  # a recipe of fewer steps keeps its own
-        ({"max_passes": 1, "trainer.max_steps": 77, "trainer.val_check_interval": 11}, 77, 11, 80),  # flags win
-        ({"max_passes": 1, "model.optimizer.learning_rate.warmup_steps": 7}, 400, 400, 7),
+        (
+            (BERT, ADALN, {"model": {"network": {"num_head": 1}}}),
+            (),
+            r"^recipe 2\.yaml: unknown key 'model\.network\.num_head': did you mean 'model\.network\.num_heads'\? "
+            "keys of model.network: .*num_registers",
+        ),
+        ((BERT,), ("--model.network.backbone=brt",), r"^flag --model\.network\.backbone: .*'brt': did you mean 'bert'"),
+        ((ADALN,), ("--model.network.attention=round",), r"attention must be 'bidirectional' or .*got 'round'"),
     ],
 )
-def test_few_images_are_trained_for_fewer_steps(tiny_shards, tmp_path, tiny_pretrained, flags, steps, interval, warmup):
-    recipe = Recipe.read("transformer", overrides={"data.global_batch": 4, **flags})
-    values = merge_values(
-        plan_run(recipe, run=tmp_path / "run", data=tiny_shards, tokenizer=tiny_pretrained / "tokenizer")
-    )
-    assert (values["trainer"]["max_steps"], values["trainer"]["val_check_interval"]) == (steps, interval)
-    assert values["model"]["optimizer"]["learning_rate"]["warmup_steps"] == warmup
+def test_a_wrong_key_is_answered_with_the_keys_of_the_backbone(trees, flags, said):
+    with pytest.raises(ValueError, match=said):
+        read(*trees, flags=flags)
 
 
-@pytest.mark.parametrize(
-    ("budget", "images", "steps", "warmup", "views"),
-    [("15m", 100, 400, 80, 8), ("15m", 1_000, 1_250, 100, 8), ("1h", 45_000, 8_000, 100, None)],
-)
-def test_a_budget_follows_the_number_of_images(tiny_shards, tmp_path, budget, images, steps, warmup, views):
-    for split in ("train", "val"):
-        manifest = json.loads((tiny_shards / f"{split}.json").read_text())
-        shards = [{**shard, "samples": images} for shard in manifest["shards"]]
-        (tmp_path / f"{split}.json").write_text(json.dumps({**manifest, "samples": images, "shards": shards}))
-    recipe = adapt_to_few_images(Recipe.read("transformer", names=f"adaln {budget}", dataset="mine"), tmp_path)
-    found = [
-        recipe.get(key) for key in ("trainer.max_steps", "model.optimizer.learning_rate.warmup_steps", "data.views")
-    ]
-    assert found == [steps, warmup, views]
+def test_the_schema_of_editors_has_the_keys_of_each_backbone():
+    schema = json_schema("transformer")
+    choices = schema["$defs"]["MaskedTokenConfig"]["properties"]["network"]["anyOf"]
+    for name, choice in zip(BUILT_IN, choices, strict=True):
+        own = schema["$defs"][choice["$ref"].rpartition("/")[2]]
+        assert own["properties"].keys() == {each.name for each in fields(config_class(name))}
+        assert not own["additionalProperties"]
 
 
-def test_few_images_get_no_views_if_the_recipe_crops_them(tiny_shards):
-    crops = {"data.source": "tokens", "max_passes": 1, "data.augmentations": ["random_crop"]}
-    assert adapt_to_few_images(Recipe.read("transformer", overrides=crops), tiny_shards).get("data.views") is None
+RANGES = {  # keys of each group, with a value that is out of range
+    "tokenizer": {"trainer.max_steps": -2, "hang_seconds": 0, "model.ema_decay": 1.5, "data.seed": -1},
+    "transformer": {"model.label_smoothing": 1.5, "model.optimizer.learning_rate.warmup_steps": -1},
+}
 
 
-def test_a_stream_has_no_passes(tiny_shards):
-    recipe = Recipe.read("tokenizer", overrides={"max_passes": 1, "data.source": "stream", "data.stream.urls": ["a"]})
-    assert adapt_to_few_images(recipe, tiny_shards) is recipe
+@pytest.mark.parametrize("stage", RANGES)
+def test_a_number_out_of_range_or_not_finite_is_refused_by_its_key(stage):
+    given = merge([{"data": {"path": ""}}, values_without_data(stage), Recipe.read(stage).tree])
+    for key, wrong in RANGES[stage].items():
+        for value in (wrong, 2**70, float("nan"), "inf"):
+            tree = value
+            for part in reversed(key.split(".")):
+                tree = {part: tree}
+            with pytest.raises(ValueError, match=key.rpartition(".")[2]) as caught:
+                resolve.resolve(stage, merge([given, tree]))
+            assert "\n" not in str(caught.value)

@@ -16,12 +16,13 @@ from torch.utils.data import DataLoader, IterableDataset
 from maskgit_pl.data import Batch
 from maskgit_pl.networks.discriminators import DiscriminatorConfig
 from maskgit_pl.networks.vqgan import VQGANConfig
-from maskgit_pl.tokenizer.losses import AdversarialConfig, PerceptualConfig
+from maskgit_pl.tokenizer import adversarial as losses
+from maskgit_pl.tokenizer.adversarial import AdversarialConfig
+from maskgit_pl.tokenizer.losses import PerceptualConfig
 from maskgit_pl.training.optimizers import LearningRate
 from maskgit_pl.training.strategies import build_strategy
-from maskgit_pl.transformer import losses
 from tests.forked import run_ranks
-from tests.short_runs import tokenizer_model
+from tests.short_runs import replay_step, tokenizer_model
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
@@ -118,10 +119,10 @@ def test_the_quantizer_gets_seed_step_and_micro_batch():
 @pytest.mark.parametrize("loss", ["hinge", "non-saturating"])
 @pytest.mark.parametrize("discriminator", [ADVERSARIAL.discriminator, PATCHES], ids=["stylegan", "patchgan"])
 def test_the_discriminator_has_the_gradients_of_its_three_losses(discriminator, loss):
-    """Those of the generator are compared in ``tests/transformer/test_losses.py``."""
+    """Those of the generator are compared in ``tests/tokenizer/test_losses.py``."""
     config = replace(ADVERSARIAL, discriminator=discriminator, loss=loss, lecam_weight=0.1)
     module, images = tokenizer(adversarial=config), batch_of(range(8)).content / 255
-    module.replay_step(batch_of(range(8)), step=0)
+    replay_step(module, batch_of(range(8)), step=0)
     gradients = [parameter.grad.clone() for parameter in module.discriminator.parameters()]
     real, fake = images.clone().requires_grad_(), module.network(images).reconstruction.detach()
     real_logits, fake_logits, zero = module.discriminator(real), module.discriminator(fake), torch.zeros(())
@@ -190,16 +191,16 @@ def test_the_r1_penalty_of_every_fourth_step_is_four_times_as_large():
     gradients = []
     for every in (1, 4):
         module = tokenizer(adversarial=replace(ADVERSARIAL, r1_every=every, r1_weight=10.0 / every))
-        assert "r1" in module.replay_step(batch_of(range(8)), step=0)
+        assert "r1" in replay_step(module, batch_of(range(8)), step=0)
         gradients.append(module.discriminator.head.weight.grad)
     torch.testing.assert_close(gradients[1], gradients[0])
-    assert ["r1" in module.replay_step(batch_of(range(8)), step=step) for step in (3, 4)] == [False, True]
+    assert ["r1" in replay_step(module, batch_of(range(8)), step=step) for step in (3, 4)] == [False, True]
 
 
 def test_a_replayed_step_does_not_change_the_accumulated_one():
     module = tokenizer(adversarial=replace(ADVERSARIAL, start_step=2, lecam_weight=0.1))
     pending = module._pending
-    losses_before, losses_after = (module.replay_step(batch_of(range(4)), step=step) for step in (1, 2))
+    losses_before, losses_after = (replay_step(module, batch_of(range(4)), step=step) for step in (1, 2))
     assert set(losses_after) - set(losses_before) >= {"generator", "discriminator", "lecam"}
     assert module._pending is pending
     assert (pending.tokens, pending.features, pending.logits) == ([], [], [])
@@ -265,13 +266,13 @@ def test_a_tokenizer_learns_and_keeps_pictures():
 def test_flips_are_a_function_of_sample_and_epoch():
     module = tokenizer(flip_probability=0.5)
     batch = batch_of(range(64))
-    images = module._prepare_images(batch, flip_probability=0.5)
+    images = module.prepare_images(batch, flip_probability=0.5)
     straight = batch.content / 255
     flipped = (images != straight).flatten(1).any(1)
     assert torch.equal(images[flipped], straight[flipped].flip(-1))
     assert 20 < flipped.sum() < 44
-    assert torch.equal(module._prepare_images(batch_of(range(7, 9)), flip_probability=0.5), images[7:9])
-    later = module._prepare_images(batch_of(range(64), step=8), flip_probability=0.5)  # the same samples, one epoch on
+    assert torch.equal(module.prepare_images(batch_of(range(7, 9)), flip_probability=0.5), images[7:9])
+    later = module.prepare_images(batch_of(range(64), step=8), flip_probability=0.5)  # the same samples, one epoch on
     assert not torch.equal(later, images)
 
 
@@ -279,8 +280,8 @@ def test_flips_are_a_function_of_sample_and_epoch():
 def test_a_perceptual_network_stays_out_of_the_checkpoint(tmp_path):
     torch.save(timm.create_model("mobilenetv3_small_050").state_dict(), tmp_path / "model.pth")
     spec = {"name": "timm", "model": "mobilenetv3_small_050", "weights": str(tmp_path / "model.pth"), "size": 32}
-    module = tokenizer(perceptual=PerceptualConfig(spec, weight=10.0))
-    assert "perceptual" in module.replay_step(batch_of(range(8)), step=0)
+    module = tokenizer(losses=("l2", PerceptualConfig(spec, weight=10.0)))
+    assert "perceptual" in replay_step(module, batch_of(range(8)), step=0)
     assert module.state_dict().keys() == tokenizer().state_dict().keys()
 
 
@@ -291,7 +292,7 @@ def test_weights_in_16_bits_are_refused():
 
 def test_logs_have_the_norms_of_both_networks_and_the_accuracy_of_the_discriminator():
     module = tokenizer(adversarial=replace(ADVERSARIAL, weight_rule="adaptive", weight=0.5), gradient_clip=1e-4)
-    metrics = module.replay_step(batch_of(range(8)), step=0)
+    metrics = replay_step(module, batch_of(range(8)), step=0)
     images = batch_of(range(8)).content / 255
     image = module.network(images).reconstruction
     torch.testing.assert_close(metrics["adversarial_weight"], 0.5 * metrics["adaptive_weight"])
@@ -308,11 +309,11 @@ def test_the_adversarial_weight_rises_from_zero():
     assert [config.weight_at(step) for step in (4, 5, 8, 9, 100)] == pytest.approx([0, 0.1, 0.4, 0.5, 0.5])
     assert ADVERSARIAL.weight_at(0) == 0.1
     module, plain = tokenizer(adversarial=config), tokenizer()
-    weights = [module.replay_step(batch_of(range(8)), step=step)["adversarial_weight"].item() for step in (4, 6)]
+    weights = [replay_step(module, batch_of(range(8)), step=step)["adversarial_weight"].item() for step in (4, 6)]
     assert weights == pytest.approx([0, 0.2])
     module = tokenizer(adversarial=config)
-    module.replay_step(batch_of(range(8)), step=4)
-    plain.replay_step(batch_of(range(8)), step=4)
+    replay_step(module, batch_of(range(8)), step=4)
+    replay_step(plain, batch_of(range(8)), step=4)
     for (name, ours), theirs in zip(module.network.named_parameters(), plain.network.parameters(), strict=True):
         assert torch.equal(ours.grad, theirs.grad), name
 

@@ -13,8 +13,8 @@ import pytest
 from lightning.pytorch.loggers import Logger
 from PIL import Image
 
-from maskgit_pl.runs.build import restore_process_state
 from maskgit_pl.runs.callbacks import callbacks
+from maskgit_pl.runs.fitting import restore_process_state
 from maskgit_pl.training import loggers as tolerant_logger
 from maskgit_pl.training.loggers import LoggerSpec, TensorBoard, TolerantLogger, loggers
 

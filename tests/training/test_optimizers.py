@@ -12,7 +12,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from maskgit_pl.networks.discriminators import DiscriminatorConfig
-from maskgit_pl.tokenizer.losses import AdversarialConfig
+from maskgit_pl.tokenizer.adversarial import AdversarialConfig
 from maskgit_pl.training.checkpoints import FolderCheckpointIO
 from maskgit_pl.training.optimizers import (
     LearningRate,

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from maskgit_pl import runs
 from maskgit_pl.errors import INTERNAL_ERROR, NonFiniteError, PreemptedError
 from maskgit_pl.networks.discriminators import DiscriminatorConfig
-from maskgit_pl.runs.build import build
+from maskgit_pl.runs.fitting import build
 from maskgit_pl.runs.plan import plan_run
-from maskgit_pl.tokenizer.losses import AdversarialConfig
+from maskgit_pl.tokenizer.adversarial import AdversarialConfig
 from maskgit_pl.training.checkpoints import Checkpoints
 from maskgit_pl.training.optimizers import LearningRate
 from maskgit_pl.training.stopping import StepCheck, Watchdog, clip_gradients

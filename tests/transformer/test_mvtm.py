@@ -15,9 +15,9 @@ from torch.nn.functional import cross_entropy
 
 from maskgit_pl.data import Batch, describe_store, tokenize
 from maskgit_pl.decoding import DecodingConfig
-from maskgit_pl.grids import to_unit_range
 from maskgit_pl.masking import UniformRatio, true_positions
 from maskgit_pl.networks.transformer import TransformerConfig
+from maskgit_pl.networks.vqgan import to_unit_range
 from maskgit_pl.pretrained.networks import load_tokenizer, load_transformer
 from maskgit_pl.randomness import random_uniform
 from maskgit_pl.schedules import Pow, mask_schedules

@@ -1,7 +1,7 @@
 """Image files as a source: a folder, a zip or a tar, with class folders, without classes, or with a ``metadata.csv``.
 
 A row of ``metadata.csv`` names an image relative to the folder of the file, and its label, as in Hugging Face's
-ImageFolder. Files ``NAME.npy`` beside the images are their vectors.
+ImageFolder.
 
 Source: Hugging Face, Datasets, "Create an image dataset": ``file_name`` and further columns.
 """
@@ -14,17 +14,14 @@ import io
 import os
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from maskgit_pl.data.image_bytes import UnreadableImageError
 from maskgit_pl.data.manifest import Split
 from maskgit_pl.data.samples import Sample, UnreadableSample, is_val, number_classes, read_sample
 from maskgit_pl.data.scan import IMAGE_EXTENSIONS
 from maskgit_pl.data.sources.archives import Entries
-from maskgit_pl.data.vectors import MAX_VECTOR_BYTES, VECTOR_EXTENSION, VectorKind, parse_vector
 from maskgit_pl.text import printable, shorten
 
 _VAL_FOLDERS = ("val", "valid", "validation", "test")
@@ -41,7 +38,6 @@ class _File(NamedTuple):
     name: str  # in the source
     label: int
     digest: bytes  # of the name relative to the split's root; determines order and split
-    vector: str | None  # the file NAME.npy beside NAME.jpg
 
 
 class ImageFolder:
@@ -53,7 +49,7 @@ class ImageFolder:
 
     A hash of each file's path inside the folder determines its order and, without split folders, its split. So each
     shard has mixed classes, and adding a file never moves others between splits. The same files in a folder, a zip and
-    a tar give the same shards. If one image has a vector, all must have one, of the same size and type.
+    a tar give the same shards.
 
     Args:
         path: The folder or the archive; for the other arguments, see ``open_source``.
@@ -71,7 +67,6 @@ class ImageFolder:
         classes: Sequence[str] | None = None,
         val_fraction: float = 0.1,
         label_field: str = "label",
-        vectors: bool = True,
     ) -> None:
         self._entries = Entries(Path(path))
         self._shown = printable(self._entries.path)
@@ -81,13 +76,8 @@ class ImageFolder:
         labels, first_row = self._label_by_metadata(tables, label_field) if tables else self._label_by_folder(classes)
         self.classes, numbers = number_classes(first_row, classes, label_field=label_field)
         labels = {name: label for name, label in labels.items() if _is_image(name)}
-        beside = ((name, _vector_name(name)) for name in labels if vectors)
-        vector_of = {name: vector for name, vector in beside if vector in self._entries.sizes}
-        self._list_left_out(labels.keys() | {*tables, *vector_of.values()})
-        self._files = self._split_files(
-            {name: numbers[label] for name, label in labels.items()}, vector_of, val_fraction
-        )
-        self._vector_kind = self._find_vector_kind()
+        self._list_left_out(labels.keys() | {*tables})
+        self._files = self._split_files({name: numbers[label] for name, label in labels.items()}, val_fraction)
 
     @property
     def counts(self) -> dict[Split, int]:
@@ -95,7 +85,7 @@ class ImageFolder:
         return {split: len(files) for split, files in self._files.items()}
 
     def describe(self) -> dict[str, Any]:
-        """Returns class names, and a hash of names, lengths, labels and vectors of the files of each split."""
+        """Returns class names, and a hash of names, lengths and labels of the files of each split."""
         hashes = {
             split: hashlib.sha256(b"".join(map(self._describe_file, files))).hexdigest()
             for split, files in self._files.items()
@@ -111,10 +101,7 @@ class ImageFolder:
         """Yields files of a split in the order of their hashes, checked to be complete images without decoding."""
         for file in self._files[split][places.start : places.stop]:
             name = printable(self._entries.path / file.name)
-            sample = read_sample(partial(self._entries.read, file.name), label=file.label, name=name)
-            if self._vector_kind is not None and isinstance(sample, Sample):
-                sample = self._add_vector(sample, file)
-            yield sample
+            yield read_sample(partial(self._entries.read, file.name), label=file.label, name=name)
 
     def _split_roots(self) -> dict[Split | None, str]:
         """Returns the folder of each split with a trailing ``/``; one folder, the whole source, for no splits."""
@@ -193,9 +180,7 @@ class ImageFolder:
                 kind = "beside the folders of the splits"
             self._entries.left_out[kind].append(name)
 
-    def _split_files(
-        self, labels: Mapping[str, int], vectors: Mapping[str, str], val_fraction: float
-    ) -> dict[Split, list[_File]]:
+    def _split_files(self, labels: Mapping[str, int], val_fraction: float) -> dict[Split, list[_File]]:
         """Returns the files of each split in the order of their hashes."""
         files: dict[Split, list[_File]] = {"train": [], "val": []}
         for name, label in labels.items():
@@ -204,7 +189,7 @@ class ImageFolder:
                 # In UTF-8 in every locale, so that the order and the val split are the same.
                 digest = hashlib.sha256(path.encode("utf-8", "surrogateescape")).digest()
                 split = split or ("val" if is_val(digest, val_fraction) else "train")
-                files[split].append(_File(name, label, digest, vectors.get(name)))
+                files[split].append(_File(name, label, digest))
         for of_split, some in files.items():
             if not some and (self.has_splits or not labels):
                 raise ValueError(self._describe_no_images(of_split))
@@ -223,44 +208,10 @@ class ImageFolder:
         got = ", ".join(self.left_out) or "none"
         return f"source {source} must hold {kinds} files, got {got}{hint * ('.tar' in self._entries.left_out)}"
 
-    def _find_vector_kind(self) -> tuple[VectorKind, str] | None:
-        """Returns size and type of the vectors, which the first one decides, and its name; None without any."""
-        vectors = (file.vector for files in self._files.values() for file in files if file.vector is not None)
-        if (first := next(vectors, None)) is None:
-            return None
-        try:
-            return self._read_vector(first)[1], printable(self._entries.path / first)
-        except ValueError as error:
-            raise ValueError(f"{error}; correct the .npy files, or leave all of them out with --no-vectors") from error
-
-    def _read_vector(self, name: str) -> tuple[bytes, VectorKind]:
-        data = self._entries.read(name, what="vector", limit=MAX_VECTOR_BYTES)
-        return data, parse_vector(data, name=printable(self._entries.path / name))[0]
-
-    def _add_vector(self, sample: Sample, file: _File) -> Sample | UnreadableSample:
-        """Returns the sample with its vector, or an ``UnreadableSample`` if that is missing or invalid."""
-        assert self._vector_kind is not None
-        expected, first = self._vector_kind
-        if file.vector is None:
-            vector_name = _vector_name(file.name).rpartition("/")[2]
-            return UnreadableSample(f"image {sample.name} must have the vector {vector_name} beside it, got none")
-        try:
-            data, kind = self._read_vector(file.vector)
-        except ValueError as error:
-            return UnreadableSample(str(error))
-        if kind != expected:
-            path = printable(self._entries.path / file.vector)
-            return UnreadableSample(f"vector {path} must have {expected}, as {first}, got {kind}")
-        return sample._replace(vector=data)
-
     def _describe_file(self, file: _File) -> bytes:
-        """Returns a hash of what identifies a sample; of a vector the content, since all have the same length."""
-        vector = b""
-        if file.vector is not None:
-            with suppress(UnreadableImageError):  # its sample is reported as unreadable
-                vector = self._entries.read(file.vector, limit=MAX_VECTOR_BYTES)
+        """Returns a hash of what identifies a sample."""
         size = self._entries.sizes.get(file.name, 0)
-        return hashlib.sha256(b"%b %d %d " % (file.digest, size, file.label) + vector).digest()
+        return hashlib.sha256(b"%b %d %d " % (file.digest, size, file.label)).digest()
 
 
 def _format_files(kind: str, names: Sequence[str]) -> str:
@@ -270,10 +221,6 @@ def _format_files(kind: str, names: Sequence[str]) -> str:
 
 def _is_image(name: str) -> bool:
     return os.path.splitext(name)[1][1:].lower() in IMAGE_EXTENSIONS
-
-
-def _vector_name(image: str) -> str:
-    return f"{os.path.splitext(image)[0]}.{VECTOR_EXTENSION}"
 
 
 def _read_metadata(entries: Entries, name: str, *, label_field: str) -> dict[str, str]:

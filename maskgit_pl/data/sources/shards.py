@@ -39,7 +39,6 @@ def convert_images(  # noqa: PLR0913  # the options of its source and of its sha
     val_fraction: float | None = None,
     classes: Sequence[str] | None = None,
     label_field: str = "label",
-    vectors: bool = True,
     lenient: bool = False,
     workers: int | None = None,
 ) -> None:
@@ -47,7 +46,7 @@ def convert_images(  # noqa: PLR0913  # the options of its source and of its sha
 
     See ``open_source`` for the source ``images`` and its options, and ``make_shards`` for the data folder ``out``.
     """
-    source = open_source(images, classes=classes, val_fraction=val_fraction, label_field=label_field, vectors=vectors)
+    source = open_source(images, classes=classes, val_fraction=val_fraction, label_field=label_field)
     _make(source, out, image_size=image_size, shard_size=shard_size, lenient=lenient, workers=workers)
 
 
@@ -87,7 +86,6 @@ def open_source(
     classes: Sequence[str] | None = None,
     val_fraction: float | None = None,
     label_field: str = "label",
-    vectors: bool = True,
 ) -> Source:
     """Opens a source; its content decides the kind.
 
@@ -97,7 +95,6 @@ def open_source(
         classes: Class names, if the source has none.
         val_fraction: Fraction of the samples that become val, in (0, 1), for a source without splits; None for 0.1.
         label_field: Column of the labels in parquet and metadata files.
-        vectors: True to take the ``.npy`` files beside images as their vectors.
 
     Raises:
         FileNotFoundError: if there is no such folder, archive or data set.
@@ -111,7 +108,7 @@ def open_source(
     elif folder.is_dir() and find_parquet(folder):
         source = ParquetFolder(folder, classes=classes, val_fraction=fraction, label_field=label_field)
     else:
-        source = ImageFolder(folder, classes=classes, val_fraction=fraction, label_field=label_field, vectors=vectors)
+        source = ImageFolder(folder, classes=classes, val_fraction=fraction, label_field=label_field)
     if val_fraction is not None and source.has_splits:
         raise ValueError(
             f"val_fraction must not be set for source {printable(path)}, which has a train and a val split; leave it "

@@ -7,7 +7,6 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 from PIL import Image
 
@@ -28,12 +27,11 @@ def draw(path: Path, number: int) -> None:
 
 @pytest.fixture
 def classes(tmp_path: Path) -> Path:
-    """Class folders: two classes of 20 images, one of each in a sub-folder, with a vector beside each."""
+    """Class folders: two classes of 20 images, one of each in a sub-folder."""
     folder = tmp_path / "photos"
     for number in range(40):
         path = folder / ("cat", "dog")[number % 2] / ("deep" if number < 2 else "") / f"{number} é.png"
         draw(path, number)
-        np.save(path.with_suffix(".npy"), np.full(3, number, np.float32))
     return folder
 
 

@@ -19,7 +19,7 @@ from comparators.tokenizer import nhwc, to_images
 from maskgit_pl.checks import ImageSize
 from maskgit_pl.importers.released import parameters
 from maskgit_pl.networks.discriminators import Discriminator, DiscriminatorConfig, Pooling
-from maskgit_pl.transformer.losses import r1_penalty
+from maskgit_pl.tokenizer.adversarial import r1_penalty
 
 _POOLINGS: dict[str, Pooling] = {"blur": "blur", "avgpool": "average"}
 _GRADIENTS_OF: str = "blur"  # the variant whose R1 penalty has recorded gradients

@@ -13,13 +13,9 @@ from comparators.comparison import Comparison, inputs, present
 from comparators.folder import Folder
 from maskgit_pl.networks.codebooks import GradientQuantizerSpec
 from maskgit_pl.networks.quantizers import entropy_loss
+from maskgit_pl.tokenizer.adversarial import discriminator_loss, generator_loss
 from maskgit_pl.tokenizer.losses import LossInputs, tokenizer_losses
-from maskgit_pl.transformer.losses import (
-    discriminator_loss,
-    generator_loss,
-    mean_over_rows,
-    token_cross_entropy,
-)
+from maskgit_pl.transformer.losses import mean_over_rows, token_cross_entropy
 
 _INPUTS = (
     "ce_logits", "ce_labels", "ce_weights", "dist_a", "dist_b", "entropy_affinity", "real_logit", "fake_logit",

@@ -53,7 +53,7 @@ def everywhere(network: MaskedTransformer, sequence: np.ndarray) -> dict[str, Te
     with recorded_outputs(modules) as outputs:
         asked = network(tokens, labels, vocabulary="all")
         # The class token's prediction, which nobody asks our network for, from the last block's output.
-        every = network._head(outputs[f"layer{len(network.blocks) - 1}_output"], "all")
+        every = network._head("all")(network._last_norm(outputs[f"layer{len(network.blocks) - 1}_output"]))
     return {**outputs, "logits": torch.cat([every[:, :1], asked], dim=1)}
 
 

@@ -89,6 +89,13 @@ def test_a_data_set_of_torchvision_is_served_as_it_is() -> None:
     assert (tuple(batch.content.shape), batch.content.dtype) == ((4, 3, 8, 8), torch.uint8)
 
 
+def test_the_third_item_of_a_sample_is_its_vector() -> None:
+    items = [(wide_image(number), 0, np.full(3, number, np.float16)) for number in range(6)]
+    module = IndexedDataModule(IndexedDataset(Items(*items), image_size=4, in_channels=1), global_batch=3)
+    for batch in module.train_dataloader():
+        assert torch.equal(batch.vectors, batch.index[:, None].expand(3, 3).float())
+
+
 @pytest.mark.parametrize(("world_size", "accumulation"), [(2, 1), (4, 2), (1, 8)])
 def test_a_step_has_the_same_samples_on_any_number_of_ranks(world_size: int, accumulation: int) -> None:
     whole = list(data().train_dataloader())[1]
@@ -179,13 +186,16 @@ GREY = wide_image(0)
 @pytest.mark.parametrize(
     ("item", "message"),
     [
-        (GREY, r"must be \(image, label\), got a Tensor"),
+        (GREY, r"must be \(image, label\) or \(image, label, vector\), got a Tensor"),
         ((GREY, "cat"), "label must be an integer >= 0, the number of its class, got 'cat'"),
         ((np.zeros((3, 8, 9), np.uint8), 0), r"an array \(H, W\) or \(H, W, C\).*, the shape \(3, 8, 9\)"),
         ((torch.zeros(8, 9, 3, dtype=torch.uint8), 0), r"tensor must be uint8 of the shape \(H, W\) or \(C, H, W\)"),
         ((torch.rand(1, 8, 9), 0), r"convert floats in \[0, 1\] by \(255 \* x\)\.round\(\)"),
         ((Image.new("F", (9, 8)), 0), "must be a PIL image of integers"),
         (("a.png", 0), "must be a PIL image"),
+        ((GREY, 0, np.zeros(3)), "either all items of the data set must have a vector or none"),
+        ((GREY, 0, np.zeros((1, 3))), "the vector must be finite numbers of one dimension"),
+        ((GREY, 0, [0.0, np.nan]), "the vector must be finite numbers of one dimension"),
     ],
 )
 def test_an_item_of_another_form_is_refused_by_its_number(item: object, message: str) -> None:

@@ -1,29 +1,26 @@
 """Table 3 and Figure 8 of the paper: mask schedules, with a model or several seeds for each.
 
+``maskgit ablation --num-steps`` trains and measures them; this script makes the page from its ledger.
+``make schedule-table`` does both.
+
 Source: Chang et al., MaskGIT, CVPR 2022, arXiv:2202.04200, Table 3 and Figure 8.
 """
 
 from __future__ import annotations
 
+import argparse
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
-from maskgit_pl.checks import check_integer
+from maskgit_pl.decoding.guidance import guidance_scales, guidance_schedules
 from maskgit_pl.evaluation.evaluator import collect_numbers
 from maskgit_pl.evaluation.figures import draw_figure_8
-from maskgit_pl.evaluation.folders import open_models, read_run_recipe
-from maskgit_pl.evaluation.ledger import Row
-from maskgit_pl.evaluation.options import ReportOptions, default_steps, with_steps
+from maskgit_pl.evaluation.ledger import FILE_NAME, REAL, Ledger, Row
 from maskgit_pl.evaluation.pages import Page, describe_provenance, heading, markdown_table, paragraph, seeds_cell
-from maskgit_pl.pretrained.networks import read_config
-from maskgit_pl.processes import Bars, no_bars
-from maskgit_pl.registry import describe
-from maskgit_pl.runs.layers import value_at
-from maskgit_pl.schedules import MaskSchedule
+from maskgit_pl.schedules import mask_schedules
 from maskgit_pl.text import code_span, markdown
 
 # gamma(r) as printed (exp and log as in the released code), best T, FID, IS, and NLL in nats per masked token.
@@ -36,102 +33,6 @@ SCHEDULES = {  # paper, Table 3
     "sqrt": ("1 - r^0.5", "32", "12.33", "99.0", "3.34"),
     "log": ("-log2(r) / log2(N)", "60", "29.17", "47.9", "3.08"),
 }
-_STEPS = (2, 3, 4, 6, 8, 12, 16, 24)
-_BUDGET = (  # settings that all runs of Table 3 must share
-    "trainer.max_steps",
-    "data.global_batch",
-    "model.network",
-    "model.optimizer.learning_rate",
-    "model.label_smoothing",
-)
-
-
-def table_3(
-    runs: Sequence[Path | str],
-    options: ReportOptions | None = None,
-    *,
-    num_steps: Sequence[int] | None = None,
-    bars: Bars = no_bars,
-) -> Page:
-    """Makes Table 3 and Figure 8: mask schedules, with one run or several seeds for each.
-
-    ``run_ablation`` can train the runs. Each is measured in three steps:
-
-    1. Find the best T: the lowest FID in the first network, from the ``num_images`` images that begin at ``seed``.
-    2. Measure the best T again in all networks, on the next ``num_images`` images. The FIDs of step 1 are too
-       low on average, since their minimum is taken.
-    3. Measure the likelihood of ``2 * num_images`` real images.
-
-    Args:
-        runs: Run folders of models that differ only in their mask schedule and their seed.
-        options: Number of images, networks, folders and other options; None for the defaults.
-        num_steps: Numbers of steps; None for 2, 3, 4, 6, 8, 12, 16 and 24, up to half the number of tokens.
-        bars: Progress bars.
-
-    Raises:
-        FileNotFoundError: if a run or the data do not exist.
-        ValueError: if the training budgets differ, a model is autoregressive, or for a reason of ``open_models``.
-    """
-    options = options or ReportOptions()
-    evaluator, models = open_models(runs, options, bars)
-    count, seed = options.num_images, options.seed
-    configs = [read_run_recipe(model.pretrained.parent / "transformer" / "config.yaml") for model in models]
-    _check_budgets(dict(zip(map(str, runs), configs, strict=True)))
-    num_tokens = models[0].pipe.transformer.network.config.num_tokens
-    steps = _choose_steps(num_steps, num_tokens)
-    first, *_ = evaluator.networks
-    results: list[ScheduleResult] = []
-    schedules: dict[str, MaskSchedule] = {}
-    for model in models:
-        model.pipe.transformer.schedule_for("table 3")
-        name = describe(read_config(model.pretrained / "transformer", "transformer")["mask_schedule"])
-        assert model.pipe.transformer.mask_schedule is not None
-        schedules[name] = model.pipe.transformer.mask_schedule
-        # The exported decoding without guidance, which the paper does not use.
-        decoding = model.pipe.decoding_with(decoding=model.pipe.transformer.decoding, guidance_scale=0)
-        measure = partial(evaluator.measure_samples, model, num_images=count, seed=seed, networks=[first])
-        curve = {number: measure(with_steps(decoding, number))[first]["fid"] for number in steps}  # 1.
-        best = with_steps(decoding, min(curve, key=lambda number: curve[number]))
-        fresh = evaluator.measure_samples(model, best, num_images=count, seed=seed + count)  # 2.
-        likelihood = evaluator.measure_likelihood(model, num_images=2 * count)  # 3.
-        # The rows of a run that was renamed have its old name.
-        named = {label: {**row, "run": model.run} for label, row in fresh.items()}
-        results.append(ScheduleResult(name, curve, named, likelihood))
-    floor = evaluator.measure_real(num_images=count, networks=[first])[first]
-    grouped = _group_by_schedule(results)
-    picture = draw_figure_8(
-        {name: schedules[name] for name in grouped},
-        {name: {number: fmean(each.curve[number] for each in group) for number in steps}
-         for name, group in grouped.items()},
-        num_tokens=num_tokens,
-        network=first,
-        num_images=count,
-        floor=float(floor["fid"]),
-        dataset=evaluator.dataset,
-    )  # fmt: skip
-    page = make_schedule_page(results)
-    return replace(page, folder=options.results / evaluator.dataset, pictures={"figure-8.png": picture})
-
-
-def _choose_steps(num_steps: Sequence[int] | None, num_tokens: int) -> Sequence[int]:
-    """Returns sorted numbers of steps; usually, a step decides two tokens or more on average."""
-    if num_steps is None:
-        return default_steps(num_tokens // 2, _STEPS)
-    for number in num_steps:
-        check_integer("num_steps", number, f"[1, {num_tokens}]")
-    return sorted({*num_steps})
-
-
-def _check_budgets(configs: Mapping[str, Mapping[str, Any]]) -> None:
-    """Checks that all runs had the same training budget, since schedules are comparable only then.
-
-    The recipe of a downloaded model is empty and ignored.
-    """
-    for key in _BUDGET:
-        values = {run: value_at(config, key) for run, config in configs.items() if config}
-        if len({repr(value) for value in values.values()}) > 1:
-            text = ", ".join(f"{run} {value}" for run, value in values.items())
-            raise ValueError(f"{key} must be the same in all runs, so that their schedules are comparable, got {text}")
 
 
 @dataclass(frozen=True)
@@ -147,6 +48,69 @@ class ScheduleResult:
     def best_steps(self) -> int:
         """The T of the lowest FID."""
         return min(self.curve, key=lambda steps: self.curve[steps])
+
+
+def read_results(ledger: Ledger, runs: Sequence[str], *, num_images: int) -> list[ScheduleResult]:
+    """Returns the measurements of runs by ``maskgit ablation --num-steps``, without guidance.
+
+    The images that T is chosen by have the seed of most T; those of the measurement at the best T begin after them.
+
+    Args:
+        ledger: Ledger of the ablation.
+        runs: Names of the runs.
+        num_images: Number of images of each measurement.
+
+    Raises:
+        ValueError: if a run was not measured in this way.
+    """
+    names = {repr(schedule): name for name, schedule in mask_schedules.build_all().items()}
+    results = []
+    for run in runs:
+        samples = [
+            row
+            for row in ledger.rows("samples")
+            if row["run"] == run
+            and row["num_images"] == num_images
+            and not any(guidance_scales(guidance_schedules.build(row["decoding"]["guidance"]), row["num_steps"]))
+        ]
+        likelihoods = [row for row in ledger.rows("likelihood") if row["run"] == run]
+        steps = defaultdict(set)
+        for row in samples:
+            steps[row["seed"]].add(row["num_steps"])
+        first = max(steps, key=lambda seed: len(steps[seed]), default=0)
+        fresh = {row["network"]: row for row in samples if row["seed"] == first + num_images}
+        if not fresh or not likelihoods:
+            raise ValueError(
+                f"run {run} must have rows of {num_images} images at several T and at the best T, and a likelihood, "
+                f"in {ledger.file}; measure it with `maskgit ablation --num-steps` and without guidance"
+            )
+        network, schedule = next(iter(fresh)), samples[0]["mask_schedule"]
+        curve = {row["num_steps"]: row["fid"] for row in samples if (row["seed"], row["network"]) == (first, network)}
+        results.append(ScheduleResult(names.get(schedule) or schedule, curve, fresh, likelihoods[-1]))
+    return results
+
+
+def draw_figure(results: Sequence[ScheduleResult], real: Row, *, num_tokens: int) -> bytes:
+    """Draws Figure 8 as a PNG: the schedules that need no arguments, and the mean FID of each at every T.
+
+    Args:
+        results: The measurements.
+        real: Row of as many real images, in the network of the curves.
+        num_tokens: N, tokens per image.
+    """
+    schedules = {repr(schedule): schedule for schedule in mask_schedules.build_all().values()}
+    grouped = _group_by_schedule(results)
+    return draw_figure_8(
+        {name: schedules[schedule] for name, group in grouped.items()
+         if (schedule := group[0].likelihood["mask_schedule"]) in schedules},
+        {name: {steps: fmean(each.curve[steps] for each in group) for steps in sorted(group[0].curve)}
+         for name, group in grouped.items()},
+        num_tokens=num_tokens,
+        network=real["network"],
+        num_images=real["num_images"],
+        floor=float(real["fid"]),
+        dataset=real["dataset"],
+    )  # fmt: skip
 
 
 def _group_by_schedule(results: Sequence[ScheduleResult]) -> dict[str, list[ScheduleResult]]:
@@ -222,3 +186,38 @@ def _flatten(result: ScheduleResult) -> dict[str, object]:
         **{f"fid/{network} at T = {steps}": value for steps, value in sorted(result.curve.items())},
         **{name: first.get(name, "") for name in kept},
     }
+
+
+def main() -> None:
+    """Writes ``table-3.md``, ``table-3.csv`` and ``figure-8.png``."""
+    parser = argparse.ArgumentParser(description="Makes Table 3 and Figure 8 of the paper from measurements.")
+    parser.add_argument("runs", nargs="*", metavar="RUN", help="run folders (default: those of the last --ablation)")
+    parser.add_argument("--ablation", default="ablation-mask_schedule", help="name of the ablation that measured them")
+    parser.add_argument("--results", type=Path, default=Path("results"), help="folder of the ledger and the pages")
+    parser.add_argument("--num-images", type=int, help="images of each measurement (default: those of --ablation)")
+    parser.add_argument("--num-tokens", type=int, default=49, help="tokens per image, for exp and log in Figure 8")
+    arguments = parser.parse_args()
+    ledger = Ledger(arguments.results / FILE_NAME)
+    of_ablation = [row for row in ledger.rows("ablation") if row["ablation"] == arguments.ablation]
+    protocol = of_ablation[-1]["protocol"] if of_ablation else {}
+    runs = [Path(run).name for run in arguments.runs]
+    runs = runs or [row["run"] for row in of_ablation if row["protocol"] == protocol and "run" in row]
+    if not runs:
+        parser.error(f"{ledger.file} must have runs of {arguments.ablation}, got none; use `make schedule-table`")
+    num_images = arguments.num_images or protocol.get("num_images", 1000)
+    try:
+        results = read_results(ledger, [*dict.fromkeys(runs)], num_images=num_images)
+    except ValueError as error:
+        parser.error(str(error))
+    any_row = next(iter(results[0].fresh.values()))
+    columns = ("num_images", "network", "judge", "reference", "dataset")
+    real = ledger.find("samples", {"model": REAL, **{name: any_row[name] for name in columns}})
+    assert real is not None  # the ablation measures it first
+    figure = draw_figure(results, real, num_tokens=arguments.num_tokens)
+    page = replace(make_schedule_page(results), folder=arguments.results / any_row["dataset"])
+    for file in replace(page, pictures={"figure-8.png": figure}).write():
+        print(file)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,4 +1,4 @@
-"""The trainings of an ablation: for each variant and seed, a run.
+"""The variants of an ablation and their trainings: for each variant and seed, a run.
 
 A variant differs from the base in recipe keys or in recipe files. Each training is a process of its own, so
 that an error or a full memory ends only that one, and a run that was stopped resumes. ``evaluation.ablation``
@@ -20,14 +20,22 @@ from maskgit_pl import processes
 from maskgit_pl.checks import check_integer
 from maskgit_pl.errors import INTERNAL_ERROR, PreemptedError, RunError
 from maskgit_pl.files import parse_yaml
-from maskgit_pl.runs.layers import Overrides, flag_words, split_flags, split_values, value_at
-from maskgit_pl.runs.recipe import DEFAULT_DATASET, Recipe, Stage
+from maskgit_pl.runs.recipe import (
+    DEFAULT_DATASET,
+    Layer,
+    Overrides,
+    Recipe,
+    Stage,
+    flag_words,
+    split_flags,
+    split_values,
+    value_at,
+)
 from maskgit_pl.text import shorten
 
 log = logging.getLogger(__name__)
 
 FOLDER = "ablation"  # of the runs, in the folder of all runs
-PAPER_SCHEDULES = ("cosine", "exp", "cubic", "square", "linear", "sqrt", "log")  # paper, Table 3; its best one first
 
 _SECONDS_BETWEEN_POLLS = 0.2
 _DECODING = "model.decoding"
@@ -47,6 +55,11 @@ class Factor:
     key: str
     values: tuple[str, ...]
 
+    @property
+    def changes(self) -> list[tuple[str, str]]:
+        """The label of each value in tables, such as ``depth=2``, and its flag."""
+        return [(f"{_short_name(self.key)}={value}", f"--{self.key}={value}") for value in self.values]
+
 
 def parse_factor(flag: str, text: str) -> Factor:
     """Parses a factor such as ``model.network.depth=2,4`` or ``model.network={depth: 2, embed_dim: 192},{depth: 4}``.
@@ -64,52 +77,99 @@ def parse_factor(flag: str, text: str) -> Factor:
 class AblationConfig:
     """An ablation: what differs, and what all variants share.
 
+    The base is a recipe, which is trained with each seed, or the run ``of`` with the decoding of its model.
+
     Args:
-        factors: Keys with the values to compare.
-        recipes: Sets of recipe files, each a string of names; the first one is the base.
-        seeds: Training seeds (``data.seed``), all different.
+        vary: Recipe key with the values to compare; repeat the flag for further keys. decoding.KEY needs no training.
+        at: Another key with its values: every variant and the base are measured at each of them.
+        recipes: Sets of recipes to compare, separated by semicolons; the first one is the base (default: that
+            of --recipe).
+        recipe: Recipes of all variants; several in quotes.
+        of: Run that is trained, or pretrained folder: its decoding is varied, and nothing is trained.
+        num_steps: Numbers of decoding steps T to try: each variant is measured with the T of its lowest FID, by other
+            noise than that of the choice (default: the T of its decoding).
+        seeds: Training seeds of each variant, which also determine the noise of its images.
+        name: Name of the page (default: ablation-KEY).
         stage: Stage to train.
-        stage_2: Values of the transformer that is trained on each tokenizer, whose images are judged too, on
-            top of the recipes of the base; None trains no transformer.
+        stage_2: With --stage tokenizer: train a transformer on each tokenizer, and measure its images, too;
+            flags in quotes override its recipe, such as --stage-2='--trainer.max_steps 200'.
         dataset: Name of the data set.
-        cluster: A file of ``recipes/cluster``.
+        cluster: Machines: a file of recipes/cluster.
+        runs_folder: Folder of all runs; those of variants are in its folder ablation.
+        tokenizer: Pretrained tokenizer (default: the only one of the data set).
         overrides: Values of all variants, on top of their recipes; ``trainer.max_steps`` is their budget.
-        runs: Folder of all runs; the variants are in its folder ``ablation``.
-        data: Data folder; None means that of the data set.
-        tokenizer: Pretrained tokenizer of stage 2; None means the only one for these data.
 
     Raises:
-        ValueError: if the seeds are wrong or set in another way, or ``stage_2`` has no tokenizers.
+        ValueError: if nothing is varied, an option has no meaning with another one, or a seed is wrong.
     """
 
-    factors: tuple[Factor, ...] = ()
-    recipes: tuple[str, ...] = ("",)
-    seeds: tuple[int, ...] = (0, 1)
+    vary: Sequence[Factor] = ()
+    at: Factor | None = None
+    recipes: Sequence[str] = ("",)
+    recipe: str = ""
+    of: Path | None = None
+    num_steps: Sequence[int] = ()
+    seeds: Sequence[int] = (0, 1)
+    name: str = ""
     stage: Stage = "transformer"
     stage_2: Overrides | None = None
     dataset: str = DEFAULT_DATASET
     cluster: str = "single"
-    overrides: Overrides = ()
-    runs: Path = Path("runs")
-    data: Path | None = None
+    runs_folder: Path = Path("runs")
     tokenizer: Path | None = None
+    overrides: Overrides = ()
 
     def __post_init__(self) -> None:
+        if not (self.vary or self.at or self.num_steps or len(self.recipes) > 1):
+            raise ValueError(
+                "--vary must name a recipe key with the values to compare, such as model.network.depth=2,4, or another "
+                "one of --recipes, --at and --num-steps must be given, got none"
+            )
+        if self.at is not None and self.at.key in (factor.key for factor in self.vary):
+            raise ValueError(f"--at must name another key than --vary, got {self.at.key}; choose one of the two")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"--seeds must be different numbers such as 0,1, got {list(self.seeds)}")
         for seed in self.seeds:
             check_integer("--seeds", seed, "[0, 1000000]")
         if self.stage_2 is not None and self.stage != "tokenizer":
             raise ValueError("--stage-2 must come with --stage tokenizer: it trains a transformer on each tokenizer")
+        if self.num_steps and self.stage == "tokenizer" and self.stage_2 is None:
+            raise ValueError("--num-steps must come with images of a transformer, got --stage tokenizer; add --stage-2")
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}", self.page_name):
+            raise ValueError(f"--name must be letters, digits and ._- only, got {shorten(self.page_name)}")
         keys = [*(factor.key for factor in self.factors), *(key for key, _ in split_flags(flag_words(self.overrides)))]
         if "data.seed" in keys:
             raise ValueError("data.seed must not be set in an ablation: each variant is trained with every --seeds")
+        if self.of is not None:
+            self._check_trained(keys)
+
+    def _check_trained(self, keys: Sequence[str]) -> None:
+        for name in ("recipes", "recipe", "stage", "tokenizer"):
+            if getattr(self, name) != getattr(AblationConfig, name):
+                raise ValueError(f"--{name} must not be given with --of, whose run is trained; choose one of the two")
+        for key in keys:
+            if not f"{key}.".startswith(f"{_DECODING}."):
+                raise ValueError(
+                    "--vary, --at and other keys must be of the decoding with --of, such as decoding.num_steps, got "
+                    f"{key}; leave out --of to train variants"
+                )
 
     @property
-    def name(self) -> str:
-        """The name of the page: what is varied, such as ``ablation-depth``."""
+    def factors(self) -> list[Factor]:
+        """All keys with their values."""
+        return [*self.vary, *([] if self.at is None else [self.at])]
+
+    @property
+    def recipe_sets(self) -> list[str]:
+        """The recipes of the base and of each variant of ``recipes``, separated by spaces."""
+        return [" ".join(f"{self.recipe} {names}".split()) for names in self.recipes]
+
+    @property
+    def page_name(self) -> str:
+        """The name of the page; by default what is varied, such as ``ablation-depth``."""
         words = [*(["tokenizer"] if self.stage == "tokenizer" else []), *(["recipes"] if len(self.recipes) > 1 else [])]
-        return "-".join(["ablation", *words, *(factor.key.rpartition(".")[2] for factor in self.factors)])
+        keys = (factor.key.rpartition(".")[2] for factor in self.factors)
+        return self.name or "-".join(["ablation", *words, *keys])
 
 
 @dataclass(frozen=True)
@@ -127,39 +187,56 @@ class Variant:
     decoding: Sequence[str] = ()
 
 
-def plan_variants(config: AblationConfig) -> list[Variant]:
+def plan_variants(config: AblationConfig, decoding: Mapping[str, Any] | None = None) -> list[Variant]:
     """Reads the recipes of all variants; the base comes first. Each other one differs in its recipe files or one value.
+
+    With ``at``, they are repeated for each of its values.
+
+    Args:
+        config: The ablation.
+        decoding: Decoding of the model of ``config.of`` in plain values, which is then all that the recipes have.
 
     Raises:
         FileNotFoundError: if a recipe does not exist. The message names the closest one.
         ValueError: if a key is unknown, a value has a wrong type, or the images differ. The message names the key.
     """
-    first, *others = config.recipes
-    base = _read_variant(config, "base", first)
-    variants = [base, *(_read_variant(config, f"recipe {names}", names) for names in others)]
-    variants += [
-        _read_variant(config, f"{_short_name(factor.key)}={value}", first, f"--{factor.key}={value}")
-        for factor in config.factors
-        for value in factor.values
-    ]
+    first, *others = config.recipe_sets
+    changes: list[tuple[str, str, Sequence[str]]] = [("base", first, ())]
+    changes += [(f"recipe {names}", names, ()) for names in others]
+    changes += [(label, first, (flag,)) for factor in config.vary for label, flag in factor.changes]
+    if config.at is not None:
+        changes = [
+            (f"{label}, {value}", names, (*flags, flag))
+            for value, flag in config.at.changes
+            for label, names, flags in changes
+        ]
+    variants = [_read_variant(config, decoding, *change) for change in changes]
     for variant in variants:
         for key in _SHARED:
-            if variant.recipe.get(key) != base.recipe.get(key):
+            if variant.recipe.get(key) != variants[0].recipe.get(key):
                 raise ValueError(f"variant {variant.label}: {key} must be that of the base: all have the same images")
     return variants
 
 
-def _read_variant(config: AblationConfig, label: str, names: str, *change: str) -> Variant:
+def _read_variant(
+    config: AblationConfig, decoding: Mapping[str, Any] | None, label: str, names: str, change: Sequence[str]
+) -> Variant:
     # base.yaml is part of every recipe; named again, it would override the file of the data set.
     files = " ".join(name for name in names.split() if name != "base")
-    decoding = [flag for flag in change if flag.startswith(f"--{_DECODING}")]
-    words = [*flag_words(config.overrides), *(flag for flag in change if flag not in decoding)]
+    of_decoding = [flag for flag in change if flag.startswith(f"--{_DECODING}")]
+    words = [*flag_words(config.overrides), *(flag for flag in change if flag not in of_decoding)]
     try:
-        recipe = Recipe.read(config.stage, names=files, dataset=config.dataset, cluster=config.cluster, overrides=words)
-        recipe.with_overrides(decoding)  # which checks them
+        if decoding is None:
+            recipe = Recipe.read(
+                config.stage, names=files, dataset=config.dataset, cluster=config.cluster, overrides=words
+            )
+        else:
+            layer = Layer(f"model {config.of}", {"model": {"decoding": decoding}})
+            recipe = Recipe.from_layers("transformer", [layer], words)
+        recipe.with_overrides(of_decoding)  # which checks them
     except ValueError as error:
         raise ValueError(f"variant {label}: {error}") from error
-    return Variant(label, in_float32(recipe), decoding)
+    return Variant(label, in_float32(recipe), of_decoding)
 
 
 def in_float32(recipe: Recipe) -> Recipe:
@@ -173,10 +250,8 @@ def in_float32(recipe: Recipe) -> Recipe:
 
 def base_values(config: AblationConfig, tree: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the values that the base has for the varied keys, from its complete recipe, and its recipe files."""
-    recipe = {"recipe": config.recipes[0]} if len(config.recipes) > 1 else {}
-    keys = dict.fromkeys(
-        key for factor in config.factors for value in factor.values for key in _keys(factor.key, value)
-    )
+    recipe = {"recipe": config.recipe_sets[0]} if len(config.recipes) > 1 else {}
+    keys = dict.fromkeys(key for factor in config.vary for value in factor.values for key in _keys(factor.key, value))
     return recipe | {_short_name(key): value_at(tree, key) for key in keys}
 
 

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from maskgit_pl.errors import PreemptedError
-from maskgit_pl.runs import ablation
-from maskgit_pl.runs.ablation import (
+from maskgit_pl.runs.recipe import Recipe
+from maskgit_pl.runs.variants import (
     AblationConfig,
     Factor,
     TrainingError,
@@ -15,7 +15,6 @@ from maskgit_pl.runs.ablation import (
     plan_variants,
     train,
 )
-from maskgit_pl.runs.recipe import Recipe
 
 DEPTH = Factor("model.network.depth", ("2", "6"))
 SCALE = Factor("model.decoding.guidance.scale", ("0", "2"))
@@ -37,6 +36,22 @@ def test_one_factor_at_a_time_changes_one_key_of_the_base() -> None:
         assert tree["model"]["decoding"] == base["model"]["decoding"]
     assert {each.recipe.get("model.network.embed_dim") for each in variants.values()} == {64}
     assert {each.recipe.get("trainer.precision") for each in variants.values()} == {"32-true"}  # and not auto
+
+
+def test_all_variants_are_repeated_at_the_values_of_another_key() -> None:
+    variants = plan(SCALE, at=DEPTH)
+    assert list(variants) == [
+        f"{label}, depth={depth}" for depth in (2, 6) for label in ("base", "guidance.scale=0", "guidance.scale=2")
+    ]
+    last = variants["guidance.scale=2, depth=6"]
+    assert (last.recipe.get("model.network.depth"), last.decoding) == (6, ["--model.decoding.guidance.scale=2"])
+
+
+def test_the_decoding_of_a_trained_run_is_varied() -> None:
+    config = AblationConfig((SCALE,), of=Path("x"), overrides=["--model.decoding.num_steps=4"])
+    base, off, _ = plan_variants(config, {"num_steps": 8, "guidance": "linear"})
+    assert base.recipe.get("model.decoding") == {"num_steps": 4, "guidance": "linear"}
+    assert off.decoding == ["--model.decoding.guidance.scale=0"]
 
 
 def test_sets_of_recipes_are_variants_and_the_base_file_is_not_read_twice() -> None:
@@ -71,13 +86,18 @@ def test_factors_are_parsed(text: str, factor: Factor) -> None:
 
 
 @pytest.mark.parametrize(("options", "match"), [
-    ({"factors": (DEPTH,), "seeds": (1, 1)}, "--seeds must be different"),
-    ({"factors": (Factor("data.seed", ("1",)),)}, "data.seed must not be set in an ablation: .*--seeds"),
-    ({"factors": (Factor("data.image_size", ("8",)),)}, "data.image_size must be that of the base"),
-    ({"factors": (SCALE,), "stage": "tokenizer"}, "variant guidance.scale=0: .*decoding"),
-    ({"factors": (DEPTH,), "stage_2": ()}, "--stage-2 must come with --stage tokenizer"),
-    ({"factors": (Factor("model.network.dept", ("2",)),)}, "variant dept=2: .*did you mean 'model.network.depth'"),
+    ({"vary": (DEPTH,), "seeds": (1, 1)}, "--seeds must be different"),
+    ({"vary": (Factor("data.seed", ("1",)),)}, "data.seed must not be set in an ablation: .*--seeds"),
+    ({"vary": (Factor("data.image_size", ("8",)),)}, "data.image_size must be that of the base"),
+    ({"vary": (SCALE,), "stage": "tokenizer"}, "variant guidance.scale=0: .*decoding"),
+    ({"vary": (DEPTH,), "stage_2": ()}, "--stage-2 must come with --stage tokenizer"),
+    ({"vary": (Factor("model.network.dept", ("2",)),)}, "variant dept=2: .*did you mean 'model.network.depth'"),
     ({"recipes": ("", "squar")}, "recipe 'squar'"),
+    ({"vary": (DEPTH,), "at": DEPTH}, "--at must name another key than --vary, got model.network.depth"),
+    ({}, "--vary must name a recipe key .*, got none"),
+    ({"num_steps": (2, 4), "stage": "tokenizer"}, "--num-steps must come with images of a transformer"),
+    ({"vary": (DEPTH,), "of": Path("x")}, "must be of the decoding with --of, .* got model.network.depth"),
+    ({"vary": (SCALE,), "of": Path("x"), "recipe": "adaln"}, "--recipe must not be given with --of"),
 ])  # fmt: skip
 def test_a_wrong_ablation_is_refused(options: dict[str, Any], match: str) -> None:
     with pytest.raises((ValueError, FileNotFoundError), match=match):
@@ -100,7 +120,7 @@ def test_stage_2_is_trained_after_its_tokens_and_its_output_is_kept(
         output.write(b"maskgit: out of memory\n")
         return next(answers)
 
-    monkeypatch.setattr(ablation, "run_maskgit", run)
+    monkeypatch.setattr("maskgit_pl.runs.variants.run_maskgit", run)
     recipe = Recipe.read("transformer", names="paper-256 square", dataset="shoes", overrides=["--trainer.max_steps=3"])
     folder = tmp_path / "runs" / "shoes-square"
     with pytest.raises(TrainingError, match=r"^maskgit: out of memory; log: .*train-transformer\.log$") as failed:

@@ -1,4 +1,4 @@
-"""Batches from any map-style ``torch.utils.data.Dataset`` of images and labels, for both training stages.
+"""Batches from any map-style ``torch.utils.data.Dataset`` of images, labels and vectors, for both training stages.
 
 Used from Python, with a plain ``lightning.Trainer``, for data that are not in shards. The samples of a step
 and their random numbers are the same for any number of ranks, workers and micro-batches, and after a resume.
@@ -31,9 +31,11 @@ class IndexedDataset(Dataset[Batch]):
     """A dataset of batches of a map-style dataset, converted and cropped in the same way as images of shards.
 
     Args:
-        dataset: A dataset with ``len(dataset)`` samples; ``dataset[i]`` is an image and its label, an int. An image is
-            a PIL image, a uint8 tensor (C, H, W) or (H, W), or a uint8 array (H, W) or (H, W, C). An item must depend
-            only on its index: with random transforms, a resumed run would differ.
+        dataset: A dataset with ``len(dataset)`` samples; ``dataset[i]`` is (image, label) or (image, label, vector). An
+            image is a PIL image, a uint8 tensor (C, H, W) or (H, W), or a uint8 array (H, W) or (H, W, C); a label is
+            an int. A vector, a tensor or array (V,) of finite numbers such as an embedding of a caption, conditions a
+            network of ``condition_dim`` V in stage 2; either all items have one of this size or none has. An item
+            must depend only on its index: with random transforms, a resumed run would differ.
         image_size: Side of square images, or (height, width), in pixels; the largest part of this shape is
             cropped and resized.
         in_channels: 1 for grey, 3 for RGB; images are converted, and alpha is over white.
@@ -68,18 +70,27 @@ class IndexedDataset(Dataset[Batch]):
 
         Raises:
             TypeError: if an item has another form than those of ``dataset``.
-            ValueError: if a label is no class.
+            ValueError: if a label is no class, or a vector is missing or not finite.
         """
         rows = (InOrder(len(self)) if self.order is None else self.order)(positions)
-        images, labels = list[Tensor](), list[int]()
+        images, labels, vectors = list[Tensor](), list[int](), list[Tensor]()
         drawn, size = self._built.draw(rows.index, rows.epoch, seed=self.seed), height_width(self.image_size)
         for index, augment in zip(rows.index.tolist(), drawn, strict=True):
             name = f"sample {index}"
-            image, label = _check_item(self.dataset[index], name=name)
+            image, label, *vector = _check_item(self.dataset[index], name=name)
             images.append(augment(_to_pixels(image, channels=self.in_channels, name=name), size))
             labels.append(_to_label(label, name=name))
+            vectors += [_to_vector(values, name=name) for values in vector]
+            if len(vectors) not in (0, len(images)):
+                raise ValueError(f"{name}: either all items of the data set must have a vector or none")
         replacement = torch.full_like(rows.index, -1)
-        return Batch(torch.stack(images), torch.tensor(labels), *rows, replacement=replacement)
+        return Batch(
+            torch.stack(images),
+            torch.tensor(labels),
+            *rows,
+            replacement=replacement,
+            vectors=torch.stack(vectors) if vectors else None,
+        )
 
 
 class IndexedDataModule(StepDataModule):
@@ -163,11 +174,11 @@ class IndexedDataModule(StepDataModule):
 
 
 def _check_item(item: Any, *, name: str) -> Sequence[Any]:
-    """Returns an item that is an image and a label; raises TypeError for other items."""
-    if not isinstance(item, tuple | list) or len(item) != 2:
+    """Returns an item that is an image, a label and maybe a vector; raises TypeError for other items."""
+    if not isinstance(item, tuple | list) or len(item) not in (2, 3):
         raise TypeError(
-            f"{name}: an item of the data set must be (image, label), got a {type(item).__name__}; wrap the data set "
-            "in one that returns such tuples"
+            f"{name}: an item of the data set must be (image, label) or (image, label, vector), got a "
+            f"{type(item).__name__}; wrap the data set in one that returns such tuples"
         )
     return item
 
@@ -178,6 +189,14 @@ def _to_label(label: Any, *, name: str) -> int:
     if not isinstance(number, int) or number < 0:
         raise ValueError(f"{name}: the label must be an integer >= 0, the number of its class, got {shorten(label)}")
     return number
+
+
+def _to_vector(vector: Any, *, name: str) -> Tensor:
+    """Converts a tensor, an array or a list to (V,) float32."""
+    values = torch.as_tensor(vector, dtype=torch.float32)
+    if values.ndim != 1 or not values.isfinite().all():
+        raise ValueError(f"{name}: the vector must be finite numbers of one dimension, got {shorten(vector)}")
+    return values
 
 
 def _to_pixels(image: Any, *, channels: int, name: str) -> Tensor:

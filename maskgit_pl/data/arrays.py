@@ -1,0 +1,41 @@
+"""Memory-mapped ``.npy`` files, of which the index of a data folder and a token store consist."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from maskgit_pl.files import open_regular
+
+
+def map_array(path: Path, shape: tuple[int, ...], dtype: np.dtype[Any], *, hint: str) -> npt.NDArray[Any]:
+    """Maps a ``.npy`` file of a known shape and type into memory, read-only.
+
+    Raises:
+        FileNotFoundError: if the file does not exist.
+        ValueError: if it is not a complete ``.npy`` file of plain values, or has another shape or type; ``hint`` is
+            the way to make it again.
+    """
+    try:
+        os.close(open_regular(path))  # rejects a FIFO or a device, which would block
+        with np.errstate(over="raise"):  # NumPy only warns if the product of a shape overflows
+            array: npt.NDArray[Any] = np.lib.format.open_memmap(path, mode="r")
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # the header is a Python literal, whose parser raises many kinds of errors
+        raise ValueError(f"{path}: cannot be read ({' '.join(str(error).split())[:200]})") from error
+    if (array.shape, array.dtype) != (shape, dtype):
+        raise ValueError(f"{path} must be {shape} of {dtype}, got {array.shape} of {array.dtype}; {hint}")
+    return array
+
+
+def check_unchanged(path: Path, sha256: str, *, expected: str, hint: str) -> None:
+    """Raises a ``ValueError`` if the hash of a file differs from the expected one; ``hint`` is the way to make it."""
+    if sha256 != expected:
+        raise ValueError(
+            f"{path} changed since it was made: sha256 {expected[:12]} expected, got {sha256[:12]}; {hint}"
+        )
