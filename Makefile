@@ -158,7 +158,7 @@ paper: $(STAMP) ## Make Tables 1 and 2 and Figures 2 and 4 of the paper of RUN i
 schedule-table: $(STAMP) ## Train every mask schedule of the paper, and write Table 3 and Figure 8: ARGS="--seeds 0"
 	@$(BIN)/maskgit ablation --dataset "$(DATASET)" --data "$(DATA)" --cluster $(CLUSTER) --vary model.mask_schedule=exp,cubic,square,linear,sqrt,log \
 		--num-steps 2,3,4,6,8,12,16,24 --model.decoding.guidance constant $(ARGS)
-	@$(BIN)/python -m paper.schedule_table
+	@$(BIN)/python -m paper.table_3
 
 demo: $(STAMP) ## Run everything: data, both stages, pictures and metrics; for your own images: DATASET=name IMAGES=folder
 	@$(BIN)/maskgit demo $(OF_RUN) --cluster $(CLUSTER) $(if $(IMAGES),--images "$(IMAGES)") $(ARGS)

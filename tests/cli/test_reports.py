@@ -9,7 +9,7 @@ from maskgit_pl.cli import main
 from maskgit_pl.evaluation.evaluator import Evaluator
 from maskgit_pl.evaluation.ledger import Ledger
 from maskgit_pl.runs import variants
-from paper import schedule_table
+from paper.table_3 import table_3
 from tests.conftest import flags, save_tiny_pretrained
 
 TINY = Path(__file__).parents[1] / "tiny"
@@ -94,16 +94,14 @@ def test_table_3_and_figure_8_show_the_best_t_which_is_measured_again(
         assert (row["run"], row["best_steps"], 12) in steps  # noise that took no part in the choice
     assert "| base | " in (results / "shards" / "ablation.md").read_text().split("## FID by number of steps T")[1]
 
-    how = ["--results", str(results), "--num-images", "12", "--num-tokens", "16"]
-    monkeypatch.setattr("sys.argv", ["schedule_table.py", *map(str, runs), *how])
-    schedule_table.main()
+    how = {"results": results, "num_images": 12, "num_tokens": 16}
+    table_3(runs, **how)
     page = (results / "shards" / "table-3.md").read_text()
     assert "`cosine`" in page
     assert "`square`" in page
     assert (results / "shards" / "figure-8.png").is_file()
-    monkeypatch.setattr("sys.argv", ["schedule_table.py", "runs/none", *how])
-    with pytest.raises(SystemExit):
-        schedule_table.main()
+    with pytest.raises(ValueError, match="none"):
+        table_3([Path("runs/none")], **how)
 
 
 @pytest.mark.trainings

@@ -7,9 +7,9 @@ from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.evaluation.ablation_page import make_ablation_page
 from maskgit_pl.evaluation.pages import Page, heading
 from maskgit_pl.evaluation.tuning import Trial, TuningResult, make_page
-from paper.schedule_table import ScheduleResult, make_schedule_page
 from paper.table_1 import make_generation_page
 from paper.table_2 import make_editing_page
+from paper.table_3 import ScheduleResult, make_schedule_page
 from tests.evaluation import test_ablation_page, test_tuning
 from tests.hostile_words import HOSTILE
 from tests.test_errors import structure
