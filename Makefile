@@ -65,7 +65,7 @@ $(if $(and $(IMAGES),$(filter $(FETCHED),$(DATASET))),$(error DATASET must be a 
 OF_RUN = --dataset "$(DATASET)" --data "$(DATA)" --recipe "$(strip $(RECIPE) $(BUDGET))" --run "$(RUN)" $(if $(TOKENIZER),--tokenizer "$(TOKENIZER)") $(if $(PRETRAINED),--pretrained "$(PRETRAINED)")
 MACHINES = $(if $(NODES),--nodes $(NODES)) $(if $(DEVICES),--devices $(DEVICES))
 
-.PHONY: doctor help install data train-tokenizer tokenize train-transformer submit-tokenizer submit-transformer sample evaluate tune train-classifier ablation schedule-table edit web benchmark benchmarks benchmark-gpu demo demo-short demo-model test test-trainings test-exports test-survival test-benchmarks test-site test-gpu test-lowest test-wheel test-slurm docs test-web lint format clean
+.PHONY: doctor help install data train-tokenizer tokenize train-transformer submit-tokenizer submit-transformer sample evaluate tune train-classifier ablation schedule-table paper edit web benchmark benchmarks benchmark-gpu demo demo-short demo-model test test-trainings test-exports test-survival test-benchmarks test-site test-gpu test-lowest test-wheel test-slurm docs test-web lint format clean
 
 help: ## List the targets and the variables
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
@@ -145,10 +145,20 @@ train-classifier: $(STAMP) ## Train a classifier on DATA, to evaluate generated 
 ablation: $(STAMP) ## Compare variants of a recipe: ARGS="--vary KEY=A,B"; or of the decoding of a model: ARGS="--of RUN --vary decoding.KEY=A,B"
 	@$(BIN)/maskgit ablation --dataset "$(DATASET)" --data "$(DATA)" --cluster $(CLUSTER) $(ARGS)
 
+# Each command is printed. What torch reads at its import is what `maskgit` sets.
+paper: export OMP_WAIT_POLICY = PASSIVE
+paper: export MKL_DYNAMIC = FALSE
+paper: export OMP_DYNAMIC = FALSE
+paper: $(STAMP) ## Make Tables 1 and 2 and Figures 2 and 4 of the paper of RUN in results/ (paper/README.md)
+	$(BIN)/python -m paper.table_1 "runs/$(RUN)" --data "$(DATA)" $(ARGS)
+	$(BIN)/python -m paper.table_2 "runs/$(RUN)" --data "$(DATA)" $(ARGS)
+	$(BIN)/python -m paper.figure_2 "runs/$(RUN)" $(ARGS)
+	$(BIN)/python -m paper.figure_4 $(ARGS)
+
 schedule-table: $(STAMP) ## Train every mask schedule of the paper, and write Table 3 and Figure 8: ARGS="--seeds 0"
 	@$(BIN)/maskgit ablation --dataset "$(DATASET)" --data "$(DATA)" --cluster $(CLUSTER) --vary model.mask_schedule=exp,cubic,square,linear,sqrt,log \
 		--num-steps 2,3,4,6,8,12,16,24 --model.decoding.guidance constant $(ARGS)
-	@$(BIN)/python paper/schedule_table.py
+	@$(BIN)/python -m paper.table_3
 
 demo: $(STAMP) ## Run everything: data, both stages, pictures and metrics; for your own images: DATASET=name IMAGES=folder
 	@$(BIN)/maskgit demo $(OF_RUN) --cluster $(CLUSTER) $(if $(IMAGES),--images "$(IMAGES)") $(ARGS)

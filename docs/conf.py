@@ -28,7 +28,7 @@ author = copyright = "The maskgit_pl authors"  # noqa: A001  # Sphinx's name
 version = release = __version__
 root_doc = "docs/index"
 include_patterns = [
-    "*.md", "docs/**.md", "docs/**.ipynb", "data/README.md", "benchmarks/README.md", "results/**.md",
+    "*.md", "docs/**.md", "docs/**.ipynb", "data/README.md", "benchmarks/README.md", "paper/README.md", "results/**.md",
     "tests/golden/README.md",
 ]  # fmt: skip
 exclude_patterns = [".*", "build", "dist", "runs", "data/raw", "data/shards", "data/cache", "maskgit_pl"]

@@ -1,4 +1,4 @@
-"""Checks, trains, evaluates and tunes a small run from Python, and prints Table 1: python from_python.py DATA.
+"""Checks, trains, evaluates and tunes a small run from Python: python from_python.py DATA.
 
 DATA is a data folder, such as the one that ``make data`` writes. All output goes to the working folder.
 """
@@ -32,14 +32,9 @@ assert runs.fit(second, run="notebook", data=data).was_finished
 run = Path("runs/notebook")
 pipe = MaskGIT.from_pretrained(transformer.pretrained)
 pipe.generate(pipe.class_names[0], seed=0)[0].save("image.png")
+evaluation.train_classifier(data)  # in whose features images are compared
 how = evaluation.EvaluationOptions(data=data, num_images=30, features=["classifier"])
 report = evaluation.evaluate(run, how)
 Console().print(report.table())
 found = evaluation.tune(run, evaluation.TuningOptions(data=data, trials=2, num_images=30))
 print(found.winner)
-
-# Table 1 of the paper for these weights. A second call measures nothing: results/ledger.jsonl has the numbers.
-options = evaluation.ReportOptions(data=data, num_images=30, features=["classifier"])
-page = evaluation.table_1([run], options, cas=None)
-print(page.markdown)
-print(*page.write(), sep="\n")

@@ -29,7 +29,9 @@ PACKAGES = {  # public modules in the order of the page; a name is described whe
     "maskgit_pl": "The names that most programs need.",
     "maskgit_pl.pipeline": "Generate and edit images.",
     "maskgit_pl.runs": "Train by recipe, as the commands do.",
-    "maskgit_pl.evaluation": "Measure models, search for decoding settings, make the paper's tables and figures.",
+    "maskgit_pl.evaluation": "Measure models, compare variants of a recipe, search for decoding settings.",
+    "maskgit_pl.evaluation.ledger": "The file of measurements.",
+    "maskgit_pl.evaluation.pages": "Pages of reports in Markdown, with CSV and pictures.",
     "maskgit_pl.data": "Data modules over shards, token stores and your own data sets.",
     "maskgit_pl.schedules": "Mask schedules.",
     "maskgit_pl.masking": "Masks of training.",
@@ -45,6 +47,10 @@ PACKAGES = {  # public modules in the order of the page; a name is described whe
     "maskgit_pl.networks.quantizers": "Quantizers and their interface.",
     "maskgit_pl.contrib.product_quantizer": "Product quantization.",
     "maskgit_pl.contrib.gumbel_quantizer": "The Gumbel-softmax quantizer.",
+    "maskgit_pl.cli": "The command line, also of a script.",
+    "maskgit_pl.cli.flags": "Flags that commands and scripts share.",
+    "maskgit_pl.distributed": "Devices, and the record of the machine that is saved with results.",
+    "maskgit_pl.processes": "Progress bars.",
     "maskgit_pl.registry": "Registries, to which plug-ins add names.",
 }
 

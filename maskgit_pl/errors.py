@@ -97,6 +97,9 @@ class NonFiniteError(RunError):
     exit_code = 77
 
 
+_OURS = (__package__, "__main__", "paper")  # the tests import the scripts of paper/
+
+
 def is_user_error(error: BaseException) -> bool:
     """Returns True if a caught error is bad input, whose text is for the user. The module docstring has the rule."""
     if isinstance(error, ValueError):
@@ -156,7 +159,7 @@ def _nearest_file(error: OSError) -> str:
 
 
 def _is_raised_by_us(error: BaseException) -> bool:
-    """Returns True if a ``raise`` statement of this package raised the error."""
+    """Returns True if a ``raise`` statement of this package, or of the script that runs, raised the error."""
     frame = error.__traceback__
     if frame is None:
         return False
@@ -165,4 +168,4 @@ def _is_raised_by_us(error: BaseException) -> bool:
         frame = frame.tb_next
     # The last instruction tells a raise statement from an expression such as int("x") in the same frame.
     package = str(frame.tb_frame.f_globals.get("__name__")).partition(".")[0]
-    return package == __package__ and frame.tb_frame.f_code.co_code[frame.tb_lasti] == dis.opmap["RAISE_VARARGS"]
+    return package in _OURS and frame.tb_frame.f_code.co_code[frame.tb_lasti] == dis.opmap["RAISE_VARARGS"]

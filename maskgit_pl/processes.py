@@ -37,6 +37,8 @@ from maskgit_pl.checks import check_integer
 from maskgit_pl.errors import INTERRUPTED, DataWorkerError, is_user_error
 from maskgit_pl.text import shorten
 
+__all__ = ["Bars", "no_bars", "progress_bars"]
+
 # torchrun under srun sets both. A batch script has SLURM_PROCID and SLURM_NTASKS, too, but is a single process.
 _RANKS = (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"))
 _LOCAL_RANKS = ("LOCAL_RANK", "SLURM_LOCALID")

@@ -47,10 +47,10 @@ def shards(tmp_path: Path) -> Path:
 
 @pytest.mark.slow  # 40 s
 @pytest.mark.trainings
-def test_one_short_script_checks_trains_evaluates_tunes_and_writes_table_1(shards, tmp_path):
+def test_one_short_script_checks_trains_evaluates_and_tunes(shards, tmp_path):
     assert len(FROM_PYTHON.read_text().splitlines()) <= 60
     assert "argparse" not in FROM_PYTHON.read_text()
-    printed = run_example(FROM_PYTHON, shards, folder=tmp_path)
+    run_example(FROM_PYTHON, shards, folder=tmp_path)
     run = tmp_path / "runs" / "notebook"
     for stage in ("tokenizer", "transformer"):
         assert (run / "pretrained" / stage / "model.safetensors").is_file()
@@ -58,9 +58,6 @@ def test_one_short_script_checks_trains_evaluates_tunes_and_writes_table_1(shard
         assert image.size == (28, 28)
     measured = Ledger(run / "evaluation" / FILE_NAME).rows("samples")
     assert len([row for row in measured if row["model"] == "MaskGIT"]) >= 3  # evaluated, and each trial of the search
-    table = (tmp_path / "results" / "shards" / "table-1.md").read_text()
-    assert "| MaskGIT (bert) | `notebook` |" in table
-    assert table.strip() in printed
 
 
 @pytest.mark.slow  # 15 s, on a busy machine 80

@@ -20,7 +20,7 @@ README = (ROOT / "README.md").read_text()
 GENERATED = ROOT / "docs/reference"  # by `make docs`
 PAGES = [
     "README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "CODE_OF_CONDUCT.md", "RELEASING.md",
-    "data/README.md", "benchmarks/README.md", "tests/golden/README.md",
+    "data/README.md", "benchmarks/README.md", "paper/README.md", "tests/golden/README.md",
     *sorted(
         page.relative_to(ROOT).as_posix()
         for each in ("docs", "results")

@@ -14,9 +14,10 @@ import pytest
 from maskgit_pl.evaluation.ablation_page import make_ablation_page
 from maskgit_pl.evaluation.ledger import Ledger, Row
 from maskgit_pl.evaluation.pages import Page
-from maskgit_pl.evaluation.tables import OTHER_STEPS, SETTINGS, make_editing_page, make_generation_page
-from maskgit_pl.evaluation.timing import METHODS, make_timing_page
-from paper.schedule_table import SCHEDULES, make_schedule_page, read_results
+from paper.figure_4 import METHODS, make_timing_page
+from paper.table_1 import OTHER_STEPS, SETTINGS, make_generation_page
+from paper.table_2 import make_editing_page
+from paper.table_3 import SCHEDULES, make_schedule_page, read_results
 
 RESULTS = Path(__file__).parents[1] / "results"
 TABLES = RESULTS / "fashion-mnist"

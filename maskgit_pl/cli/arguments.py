@@ -131,9 +131,15 @@ def add_command(subparsers: Any, name: str, function: Callable[..., Any]) -> Non
         name: Name of the command.
         function: The command; the namespace has it as ``function``, and its parser as ``parser``.
     """
-    summary, text, example = _sections(function)
+    summary, *_ = _sections(function)
     line = f"{summary[:1].lower()}{summary[1:]}".rstrip(".")  # of the list of commands
-    parser = subparsers.add_parser(name, help=line, description=f"{summary} {text}".strip(), epilog=example)
+    fill_parser(subparsers.add_parser(name, help=line), function)
+
+
+def fill_parser(parser: argparse.ArgumentParser, function: Callable[..., Any]) -> None:
+    """Gives a parser the texts and the arguments of a function; see ``add_command``."""
+    summary, text, parser.epilog = _sections(function)
+    parser.description = f"{summary} {text}".strip()
     groups = _groups(function)
     required = [argument for group in groups for argument in group.arguments if argument.default is MISSING]
     words = [f"{each.label} {each.metavar}" if each.is_flag else each.metavar for each in required]

@@ -24,6 +24,7 @@ from maskgit_pl.evaluation.options import (
     TuningOptions,
     default_training,
 )
+from maskgit_pl.pipeline.sharing import local_folder
 from maskgit_pl.processes import progress_bars
 from maskgit_pl.runs.recipe import parse_specs
 
@@ -66,6 +67,10 @@ def evaluate(folder: Run, *, measurement: EvaluationFlags = EvaluationFlags()) -
     with progress_bars(shown=is_first) as bars:
         report = evaluation.evaluate(folder, measurement, bars=bars)
     if is_first:
+        from maskgit_pl.pipeline.card import refresh_card  # imports torch
+
+        if measurement.out is None:
+            refresh_card(local_folder(folder))
         rich.print(report.table())
         print(*report.findings(), sep="\n")
         print(f"{report.file}: results; beside it samples.png, reconstructions.png and decoding.gif")
@@ -142,16 +147,18 @@ def train_classifier(
     batch_size: int | None = None,
     learning_rate: float | None = None,
     image_size: ImageSize | None = None,
+    channels: int | None = None,
     num_workers: int = 0,
     seed: int = 0,
     device: Device | None = None,
+    runs_folder: Folder = Path("runs"),
     out: Annotated[Path, Output("")] | None = None,
 ) -> None:
     """Trains a classifier of a data set for evaluation.
 
     It learns from the train split of a data folder. The command prints its accuracy on the val split, and
-    writes it to a folder for `--features classifier=DIR` of other commands. An existing classifier of the
-    same data and settings is reused.
+    writes it to a folder, by default that of `--features classifier` of other commands; `--features classifier=DIR`
+    takes another. An existing classifier of the same data and settings is reused.
 
     Example: maskgit train-classifier --data data/shards/fashion-mnist --model resnet18
 
@@ -162,18 +169,29 @@ def train_classifier(
         batch_size: Images per step (default: 128, for timm 64).
         learning_rate: Peak learning rate (default: 4e-3, for timm 1e-3).
         image_size: S x S pixels, or height H and width W (default: the size of the data).
+        channels: 1 or 3 (default: those of the data).
         num_workers: Processes that read images (default: 0).
         seed: Seed of weights and order (default: 0).
         device: cpu, cuda, cuda:1, mps ... (default: a GPU if there is one).
+        runs_folder: Folder of all runs.
         out: Classifier folder (default: runs/DATA-classifier/NAME).
     """
     # Flags that are not given keep the defaults of the network.
     training: dict[str, Any] = {"max_steps": max_steps, "batch": batch_size, "peak_rate": learning_rate}
     given = {name: value for name, value in training.items() if value is not None}
-    config = replace(default_training(model), seed=seed, **given)
+    is_any = (model, seed, given) == ("small", 0, {})  # then one of any training is reused
+    config = None if is_any else replace(default_training(model), seed=seed, **given)
     with progress_bars() as bars:
         classifier = evaluation.train_classifier(
-            data, config=config, image_size=image_size, num_workers=num_workers, device=device, out=out, bars=bars
+            data,
+            config=config,
+            image_size=image_size,
+            channels=channels,
+            num_workers=num_workers,
+            device=device,
+            runs_folder=runs_folder,
+            out=out,
+            bars=bars,
         )
     accuracy, how = classifier.accuracy, "reused" if classifier.is_reused else "trained"
     print(f"{classifier.folder}: {how}; on {accuracy.images} real val images:")

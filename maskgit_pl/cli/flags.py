@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from maskgit_pl import pipeline
 from maskgit_pl.cli.arguments import Output, Word, flag_of
-from maskgit_pl.evaluation.options import CASConfig, Dtype, Precision
+from maskgit_pl.evaluation.options import FEATURES, Dtype, ReportOptions
 from maskgit_pl.processes import named_bars
 from maskgit_pl.runs.plan import Folders
 from maskgit_pl.runs.recipe import DEFAULT_DATASET, Recipe, Stage, parse_specs
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from maskgit_pl.evaluation.pages import Page
     from maskgit_pl.pipeline import MaskGIT
     from maskgit_pl.pipeline.display import Recording
+
+__all__ = ["Numbers", "ReportFlags", "Run", "Runs", "write_page"]
 
 Folder = Annotated[Path, Word("DIR")]
 Run = Annotated[Path, Word("RUN")]
@@ -140,33 +142,11 @@ class ModelFlags:
 
 
 @dataclass(frozen=True)
-class CasFlags:
-    """The training of the classification accuracy score (CAS), up to the scale of the paper.
+class ReportFlags(ReportOptions):
+    """The options of a page as they are typed."""
 
-    Args:
-        cas_model: timm network of the classification accuracy score (CAS), or none to skip it (default:
-            resnet50, or resnet18 below 64 pixels).
-        cas_max_steps: Training steps of that network.
-        cas_batch_size: Images per training step.
-        cas_precision: Training precision.
-    """
-
-    cas_model: str = CASConfig.model
-    cas_max_steps: int = CASConfig.max_steps
-    cas_batch_size: int = CASConfig.batch
-    cas_precision: Precision = CASConfig.precision
-
-    @property
-    def config(self) -> CASConfig | None:
-        """The training, or None if the score is skipped."""
-        if self.cas_model == "none":
-            return None
-        return CASConfig(
-            model=self.cas_model,
-            max_steps=self.cas_max_steps,
-            batch=self.cas_batch_size,
-            precision=self.cas_precision,
-        )
+    features: Specs = FEATURES
+    results: Annotated[Path, Output("")] = Path("results")
 
 
 @dataclass(frozen=True)
@@ -285,6 +265,12 @@ def print_rows(rows: Sequence[Mapping[str, Any]]) -> None:
     for line in cells:
         text = "  ".join(f"{cell:{width}}" for cell, width in zip(line, widths, strict=True)).rstrip()
         print(text if len(text) <= limit else f"{text[: limit - 3]}...")
+
+
+def write_page(page: Page) -> None:
+    """Writes a page to its folder, and prints it."""
+    page.write()
+    print_page(page)
 
 
 def print_page(page: Page) -> None:

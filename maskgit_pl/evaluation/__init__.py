@@ -1,11 +1,11 @@
-"""Measures trained models: ``evaluate``, ``evaluate_tokenizer``, ``tune``, tables, figures, ablations.
+"""Measures trained models: ``evaluate``, ``evaluate_tokenizer``, ``tune`` and ablations.
 
 ::
 
     from maskgit_pl import evaluation
 
-    page = evaluation.table_1(["runs/fashion-mnist-adaln"], evaluation.ReportOptions(num_images=2000))
-    page.write()                              # results/fashion-mnist/table-1.md, .csv and .png
+    report = evaluation.evaluate("runs/fashion-mnist-adaln", evaluation.EvaluationOptions(num_images=2000))
+    report.content                            # what evaluation.json has
 
 An ``Evaluator`` makes every measurement once, and keeps it in a ``Ledger``. The public names are imported on first use:
 importing this package imports neither torch nor Lightning nor Matplotlib.
@@ -19,10 +19,10 @@ from maskgit_pl.registry import lazy_names
 
 if TYPE_CHECKING:
     from maskgit_pl.evaluation.ablation import run_ablation
-    from maskgit_pl.evaluation.classifier import train_classifier
+    from maskgit_pl.evaluation.classifier import check_cas, train_classifier
     from maskgit_pl.evaluation.distilling import distill
     from maskgit_pl.evaluation.evaluator import EvaluatedModel, Evaluator
-    from maskgit_pl.evaluation.figures import figure_2
+    from maskgit_pl.evaluation.folders import check_model_decoding, open_models, trained_recipe
     from maskgit_pl.evaluation.ledger import Ledger
     from maskgit_pl.evaluation.metrics import ComparedImages, FeatureMetric
     from maskgit_pl.evaluation.model_evaluation import evaluate
@@ -35,8 +35,6 @@ if TYPE_CHECKING:
         TuningOptions,
     )
     from maskgit_pl.evaluation.reconstruction import evaluate_tokenizer
-    from maskgit_pl.evaluation.tables import table_1, table_2
-    from maskgit_pl.evaluation.timing import figure_4
     from maskgit_pl.evaluation.tuning import tune
 
 __all__ = [
@@ -51,27 +49,27 @@ __all__ = [
     "ReportOptions",
     "TokenizerOptions",
     "TuningOptions",
+    "check_cas",
+    "check_model_decoding",
     "distill",
     "evaluate",
     "evaluate_tokenizer",
-    "figure_2",
-    "figure_4",
+    "open_models",
     "run_ablation",
-    "table_1",
-    "table_2",
     "train_classifier",
+    "trained_recipe",
     "tune",
 ]
 
 _HOMES = {
     "ablation": ("run_ablation",),
-    "classifier": ("train_classifier",),
+    "classifier": ("check_cas", "train_classifier"),
     "distilling": ("distill",),
     "evaluator": ("EvaluatedModel", "Evaluator"),
-    "figures": ("figure_2",),
     "ledger": ("Ledger",),
     "metrics": ("ComparedImages", "FeatureMetric"),
     "model_evaluation": ("evaluate",),
+    "folders": ("check_model_decoding", "open_models", "trained_recipe"),
     "options": (
         "CASConfig",
         "ClassifierConfig",
@@ -80,8 +78,6 @@ _HOMES = {
         "TokenizerOptions",
         "TuningOptions",
     ),
-    "tables": ("table_1", "table_2"),
-    "timing": ("figure_4",),
     "reconstruction": ("evaluate_tokenizer",),
     "tuning": ("tune",),
 }

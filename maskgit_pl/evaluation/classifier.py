@@ -13,6 +13,7 @@ Source of CAS: Ravuri and Vinyals, arXiv:1905.10887; paper, Table 1.
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
@@ -26,7 +27,7 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.data import Dataset, Sampler
 
-from maskgit_pl.checks import ImageSize, pixels_text
+from maskgit_pl.checks import ImageSize, height_width, pixels_text
 from maskgit_pl.data import Batch, ShardData, ShardDataConfig, ShuffledStream
 from maskgit_pl.data.loader import make_loader
 from maskgit_pl.data.manifest import read_manifest_summary
@@ -270,6 +271,42 @@ def obtain_classifier(
     return load_classifier(folder)
 
 
+def find_classifier(folder: Path, data: ShardData) -> Path:
+    """Returns the folder of the classifier of a data set: the given one, or that of the package for its own data.
+
+    Args:
+        folder: Folder of the classifier, e.g. ``runs/DATA-classifier/small``.
+        data: The real images. The classifier must have their fingerprint, classes, image size and channels.
+
+    Raises:
+        FileNotFoundError: if there is none. The message names the command that trains it.
+        ValueError: if the configuration in the folder cannot be read.
+    """
+    for place in (folder, _SHIPPED):
+        file = place / CONFIG_FILE
+        if file.is_file() and _is_of(data, read_json(file, max_bytes=MAX_CONFIG_BYTES)):
+            return place
+    of, summary = data.config, data.summary
+    words = ["maskgit", "train-classifier", "--data", str(of.path)]
+    height, width = height_width(of.image_size)
+    if {*summary.images.height, *summary.images.width} != {height, width} or height != width:
+        words += ["--image-size", f"{height},{width}"]
+    words += [] if of.in_channels == summary.channels else ["--channels", str(of.in_channels)]
+    runs = folder.parent.parent
+    words += [] if runs.absolute() == Path("runs").absolute() else ["--runs-folder", str(runs)]
+    raise FileNotFoundError(
+        f"classifier {folder} must be one of data {of.path} at the model's image size, got none; train it with "
+        f"`{shlex.join(words)}`, or choose other networks with --features"
+    )
+
+
+def _is_of(data: ShardData, stored: Any) -> bool:
+    """Returns True if a stored configuration is that of a classifier of the data, with any network and training."""
+    with suppress(KeyError, TypeError, ValueError):  # of a file that this version has not written
+        return bool(stored == _describe(data, ClassifierConfig(**stored["training"])))
+    return False
+
+
 def _is_stored(folder: Path, data: ShardData, config: ClassifierConfig | None, *, replaces: bool) -> bool:
     """Returns True if a folder holds a classifier, and False if it can be trained there; see ``obtain_classifier``."""
     file = folder / CONFIG_FILE
@@ -277,9 +314,8 @@ def _is_stored(folder: Path, data: ShardData, config: ClassifierConfig | None, *
     if not file.exists() and (replaces or not (folder / WEIGHT_FILE).exists()):
         return False
     stored = read_json(file, max_bytes=MAX_CONFIG_BYTES) if file.exists() else {}
-    with suppress(KeyError, TypeError, ValueError):  # of a file that this version has not written
-        if stored == _describe(data, config or ClassifierConfig(**stored["training"])):
-            return True
+    if _is_of(data, stored) if config is None else stored == _describe(data, config):
+        return True
     if replaces and stored.get("format") == FORMAT:
         return False
     raise FileExistsError(
@@ -304,13 +340,15 @@ class TrainedClassifier:
     num_classes: int
 
 
-def train_classifier(
+def train_classifier(  # noqa: PLR0913  # the flags of the command
     data: Path | str,
     *,
-    config: ClassifierConfig = SMALL_TRAINING,
+    config: ClassifierConfig | None = None,
     image_size: ImageSize | None = None,
+    channels: int | None = None,
     num_workers: int = 0,
     device: str | None = None,
+    runs_folder: Path = Path("runs"),
     out: Path | None = None,
     bars: Bars = no_bars,
 ) -> TrainedClassifier:
@@ -320,12 +358,16 @@ def train_classifier(
 
     Args:
         data: Data folder.
-        config: Network and training, such as ``default_training("resnet18")``.
+        config: Network and training, such as ``default_training("resnet18")``; None for any that the folder
+            already holds, and to train the small network.
         image_size: Side of square images, or (height, width), in pixels; None for the size of the images, if
             all have the same.
+        channels: 1 or 3; None for those of the images.
         num_workers: Number of processes that read images.
         device: Device such as ``cpu`` or ``cuda``; None for a GPU if there is one.
-        out: Folder of the classifier, which must hold no other one; None for ``runs/DATA-classifier/MODEL``.
+        runs_folder: Folder of all runs.
+        out: Folder of the classifier, which must hold no other one; None for ``RUNS/DATA-classifier/MODEL``, in which
+            a classifier of other data is replaced.
         bars: Progress bars.
 
     Raises:
@@ -343,11 +385,12 @@ def train_classifier(
         )
     target = find_device(device)
     size = least if image_size is None else image_size
-    source = open_images(Path(data), size, summary.channels, num_workers=num_workers)
-    folder = out or Path("runs") / f"{Path(data).resolve().name}-classifier" / config.model
+    source = open_images(Path(data), size, channels or summary.channels, num_workers=num_workers)
+    training = config or SMALL_TRAINING
+    folder = out or runs_folder / f"{Path(data).absolute().name}-classifier" / training.model
     check_writable("out", folder, is_folder=True)
 
-    advance, is_reused = bars(f"training {config.model}", config.max_steps), True
+    advance, is_reused = bars(f"training {training.model}", training.max_steps), True
 
     def on_step() -> None:
         nonlocal is_reused

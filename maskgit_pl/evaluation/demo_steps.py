@@ -19,8 +19,10 @@ from rich.console import Console
 from maskgit_pl.data.sources.public import public_datasets
 from maskgit_pl.data.sources.shards import convert_images, fetch_dataset
 from maskgit_pl.errors import PreemptedError
+from maskgit_pl.evaluation.classifier import train_classifier
 from maskgit_pl.evaluation.model_evaluation import evaluate
 from maskgit_pl.evaluation.options import EvaluationOptions
+from maskgit_pl.pipeline.card import refresh_card
 from maskgit_pl.processes import catch_stop_signals, is_requested, progress_bars
 from maskgit_pl.runs.fitting import fit
 from maskgit_pl.runs.recipe import DEFAULT_DATASET, STAGES, Overrides, Recipe, flag_words
@@ -137,6 +139,7 @@ def plan_demo(**options: Unpack[DemoOptions]) -> tuple[list[Step], Path]:
         *steps,
         Step("encode the images to tokens", ["tokenize", *common], partial(_encode, read[1], folders)),
         Step("train the transformer (stage 2)", ["train", "transformer", *common], partial(_train, read[1], folders)),
+        _plan_classifier(read[0], data, Path(runs_folder)),
         Step("generate pictures and measure the model", words, partial(_measure, run, data, features, num_images)),
     ], run
 
@@ -161,6 +164,21 @@ def _plan_data(dataset: str, images: str | Path | None, data: Path, *, lenient: 
     return []
 
 
+def _plan_classifier(recipe: Recipe, data: Path, runs_folder: Path) -> Step:
+    size, channels = recipe.get("data.image_size"), recipe.get("data.in_channels")
+    image_size = size if isinstance(size, int) else tuple(size)
+    words = ["train-classifier", "--data", str(data), "--channels", str(channels)]
+    words += ["--image-size", str(size) if isinstance(size, int) else ",".join(map(str, size))]
+    words += ["--runs-folder", str(runs_folder)]
+    work = partial(_train_classifier, data, image_size=image_size, channels=channels, runs_folder=runs_folder)
+    return Step("train the classifier that measures the images", words, work)
+
+
+def _train_classifier(data: Path, **options: Any) -> None:
+    with progress_bars() as bars:
+        train_classifier(data, bars=bars, **options)
+
+
 def _train(recipe: Recipe, folders: Mapping[str, Any]) -> None:
     with catch_stop_signals():
         fit(recipe, **folders)
@@ -177,6 +195,7 @@ def _measure(run: Path, data: Path, features: list[str], num_images: int) -> Non
     options = EvaluationOptions(data=data, num_images=num_images, features=features)
     with progress_bars() as bars:
         report = evaluate(run, options, bars=bars)
+    refresh_card(run / "pretrained")
     table = io.StringIO()
     Console(file=table, force_jupyter=False).print(report.table())
     log.info("%s", "\n".join([table.getvalue().rstrip("\n"), *report.findings()]))

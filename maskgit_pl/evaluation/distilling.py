@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from maskgit_pl.checks import check_choice
-from maskgit_pl.evaluation.classifier import open_images
+from maskgit_pl.evaluation.classifier import find_classifier, open_images
 from maskgit_pl.evaluation.evaluator import FeatureMetrics
 from maskgit_pl.evaluation.extractors import extract, iter_image_batches, open_extractors
 from maskgit_pl.evaluation.folders import data_name, find_run
@@ -59,7 +59,7 @@ def distill(
         bars: Shows the progress of the token store.
 
     Raises:
-        FileNotFoundError: if model, data or recipe do not exist.
+        FileNotFoundError: if model, data, recipe or the classifier of the data do not exist.
         ValueError: if a value is out of range, or the model is autoregressive or has another tokenizer than its own.
         RunError: see ``runs.fit``.
     """
@@ -67,7 +67,9 @@ def distill(
     known = [name.removeprefix(prefix) for name in list_recipes("transformer") if name.startswith(prefix)]
     check_choice("method", method, known)
     found = find_run(model, data=None if data is None else Path(data))
-    MaskGIT.from_pretrained(found.pretrained).transformer.schedule_for("distillation")
+    pipe = MaskGIT.from_pretrained(found.pretrained)
+    pipe.transformer.schedule_for("distillation")
+    find_classifier(found.classifier, open_images(found.data, pipe.tokenizer.image_size, pipe.tokenizer.channels))
     recipe = Recipe.read(
         "transformer",
         names=f"{prefix}{method}",
@@ -92,7 +94,7 @@ class QualityMonitor(Callback):
     that of more.
 
     Args:
-        folder: Folder of the classifier of the data, ``runs/DATA-classifier``; a missing one is trained.
+        folder: Folder of the classifier of the data, ``runs/DATA-classifier``; see ``find_classifier``.
         data: Data folder.
     """
 

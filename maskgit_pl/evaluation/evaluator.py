@@ -13,7 +13,7 @@ import shutil
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import cached_property, lru_cache, partial
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,6 @@ from maskgit_pl.devices import describe_environment, device_name
 from maskgit_pl.distributed import barrier, rank_and_world
 from maskgit_pl.evaluation.classifier import LabelledImages, classification_accuracy
 from maskgit_pl.evaluation.distances import class_agreement
-from maskgit_pl.evaluation.editing import Task, edit, hide_pixels
 from maskgit_pl.evaluation.extractors import Extractor, extract, iter_image_batches
 from maskgit_pl.evaluation.ledger import REAL, Ledger, Row, digest_of, shorten_digest
 from maskgit_pl.evaluation.likelihood import encode_real_images, exact_nll, masked_nll, negative_elbo
@@ -348,30 +347,32 @@ class Evaluator:
         }  # fmt: skip
         return self._once("cas", columns, measure)
 
-    def measure_editing(self, model: EvaluatedModel, task: Task, *, num_images: int, seed: int) -> list[Row]:
-        """Measures val images in three versions: edited, with the hidden part grey, and unedited.
+    def measure_images(
+        self,
+        kind: str,
+        model: EvaluatedModel,
+        make: Callable[[], tuple[Tensor, Tensor]],
+        *,
+        num_images: int,
+        seed: int,
+        columns: Mapping[str, Any],
+    ) -> dict[str, Row]:
+        """Measures images that are made with a model in another way, such as edited ones; returns rows by network.
 
-        The model's own decoding is used. Each version and network has a row.
+        Args:
+            kind: Kind of the measurement in the ledger.
+            model: The model; its own decoding is part of the key.
+            make: Function that returns (n, C, H, W) uint8 images and (n,) int64 labels, called if a row is missing.
+            num_images: Number of images.
+            seed: Seed of the first image.
+            columns: Further columns of the key, and columns that replace those of the model.
         """
-        count = min(num_images, self.data.summary.samples["val"])
 
-        def make(version: str) -> LabelledImages:
-            originals, labels = self.read_real_images("val", count)
-            images = originals
-            if version == "MaskGIT":
-                options: dict[str, Any] = {"batch_size": self.batch_size, "seed": seed}
-                bar = self.bars(f"{model.run}: {task}", count)
-                images = edit(task, model.pipe, originals, labels, on_images=bar, **options)
-            elif version == "masked":
-                images = hide_pixels(task, model.pipe.tokenizer, originals)
+        def read() -> LabelledImages:
+            images, labels = make()
             return _in_memory(images, labels)
 
-        columns = self._columns(model, count, seed, model.pipe.decoding) | {"task": task}
-        rows: list[Row] = []
-        # The masked and the unedited images are the worst and the best case, which the edited ones lie between.
-        for version in ("MaskGIT", "masked", "unedited"):
-            rows += self._measure("editing", {**columns, "model": version}, partial(make, version)).values()
-        return rows
+        return self._measure(kind, {**self._columns(model, num_images, seed, model.pipe.decoding), **columns}, read)
 
     def _measure(
         self,

@@ -18,11 +18,10 @@ from torch import Tensor, nn
 
 from maskgit_pl.data import ShardData
 from maskgit_pl.distributed import on_all_ranks, own_rows
-from maskgit_pl.evaluation.classifier import obtain_classifier
-from maskgit_pl.evaluation.options import CLASSIFIER, SMALL_TRAINING, Spec
+from maskgit_pl.evaluation.classifier import find_classifier
+from maskgit_pl.evaluation.options import CLASSIFIER, Spec
 from maskgit_pl.networks.classifiers import FeatureOutput, weights_digest
 from maskgit_pl.networks.features import ClassifierSpec, FeatureNetworkSpec, parse_feature_network
-from maskgit_pl.processes import Bars, no_bars
 
 BATCH_SIZE = 16  # images, which fit into the caches of a CPU; part of the result, see the module docstring
 
@@ -125,32 +124,18 @@ def iter_image_batches(read: Callable[[range], Tensor], count: int) -> Iterator[
 
 
 def open_extractors(
-    classifier: Path,
-    data: ShardData,
-    features: Sequence[Spec],
-    *,
-    device: torch.device | str,
-    bars: Bars = no_bars,
+    classifier: Path, data: ShardData, features: Sequence[Spec], *, device: torch.device | str
 ) -> list[Extractor]:
-    """Opens feature networks, and trains the classifier of the data if it is missing.
+    """Opens feature networks: names or mappings.
 
-    ``features`` are names or mappings. ``classifier`` is the folder that the name ``classifier`` stands for; a
-    classifier of other data in it is replaced.
+    ``classifier`` is the folder that the name ``classifier`` stands for; see ``find_classifier``.
 
     Raises:
-        FileExistsError: if the folder of the classifier holds something else.
+        FileNotFoundError: if there is no classifier of the data; the message names the command that trains it.
         ValueError: if a network is unknown, its weights are missing, or their SHA-256 does not match.
     """
-    # The training of the classifier takes minutes: all other networks are opened before.
-    others = {
-        number: Extractor.create(parse_feature_network(feature), device=device)
-        for number, feature in enumerate(features)
-        if feature != CLASSIFIER
-    }
-    if CLASSIFIER in features:
-        train = bars("classifier: training", SMALL_TRAINING.max_steps)
-        obtain_classifier(classifier, data, replaces=True, on_step=lambda: train(1), device=str(device))
-    return [
-        others[number] if number in others else Extractor.create(ClassifierSpec(str(classifier)), device=device)
-        for number in range(len(features))
+    specs = [
+        ClassifierSpec(str(find_classifier(classifier, data))) if each == CLASSIFIER else parse_feature_network(each)
+        for each in features
     ]
+    return [Extractor.create(spec, device=device) for spec in specs]

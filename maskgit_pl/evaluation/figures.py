@@ -1,39 +1,22 @@
-"""Figures 2 and 8 of the paper.
+"""Figure 8 of the paper: the mask ratio of each schedule, and the FID of its model over the number of steps T.
 
-Figure 2 shows the decoding of models step by step. The panels of Figure 8 are the mask ratio of each schedule, and the
-FID of its model over the number of steps T. ``timing`` has Figure 4.
-
-Source: Chang et al., MaskGIT, CVPR 2022, arXiv:2202.04200, Figures 2 and 8.
+Source: Chang et al., MaskGIT, CVPR 2022, arXiv:2202.04200, Figure 8.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
-from PIL import Image
 
-from maskgit_pl import pipeline
 from maskgit_pl.decoding import ParallelDecoder
 from maskgit_pl.decoding.selectors import token_selectors
-from maskgit_pl.devices import find_device
-from maskgit_pl.evaluation.options import ReportOptions, check_runs
-from maskgit_pl.evaluation.pages import (
-    Page,
-    code_cell,
-    figure_to_png,
-    heading,
-    image_to_png,
-    markdown_table,
-    paragraph,
-)
-from maskgit_pl.processes import Bars, no_bars
+from maskgit_pl.evaluation.pages import figure_to_png
 from maskgit_pl.schedules import MaskSchedule
-from maskgit_pl.text import markdown, plain_label
+from maskgit_pl.text import plain_label
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -50,74 +33,6 @@ _COLOURS = {  # from schedules that decide late (concave) to those that decide e
 _OTHERS = ("#a0709f", "#6d9a5c", "#b3605b", "#8a7f4f")
 _REAL = "#3a7d44"
 _POINTS = 513  # points of a curve of mask ratios
-
-
-def figure_2(
-    runs: Sequence[Path | str],
-    options: ReportOptions | None = None,
-    *,
-    class_name: str | None = None,
-    bars: Bars = no_bars,
-) -> Page:
-    """Makes Figure 2: the decoding of each model step by step, such as that of an autoregressive one and of MaskGIT.
-
-    Args:
-        runs: Run folders or pretrained folders, in the order of the figure.
-        options: Seed of the image, device and folder of the results; None for the defaults.
-        class_name: Name or index of the class of the image; None for the first class.
-        bars: Progress bars.
-
-    Raises:
-        FileNotFoundError: if a run does not exist.
-        ValueError: if there is no run, or the class is unknown.
-    """
-    options = options or ReportOptions()
-    check_runs("figure 2", runs)
-    bar, recordings, rows = bars("figure 2: models", len(runs)), [], []
-    for run in runs:
-        pipe = pipeline.MaskGIT.from_pretrained(run).to(find_device(options.device))
-        label = 0 if class_name is None else pipe.classes.parse(class_name)
-        recording = pipe.record([label], seed=options.seed)
-        model = "autoregressive" if pipe.decoding.is_autoregressive else "MaskGIT"
-        recordings.append((model, recording))
-        rows += [
-            {"run": Path(run).name, "model": model, "class": recording.captions[0], "seed": options.seed,
-             "step": number, "known": step.tokens.shape[1] - int(step.still_masked.sum())}
-            for number, step in enumerate(recording.steps, start=1)
-        ]  # fmt: skip
-        bar(1)
-    lines = [
-        *heading("Figure 2: decoding step by step"),
-        "![tokens and image of each step](figure-2.png)",
-        "",
-        *paragraph(
-            "For each model, the rows show the masked tokens before a step in grey, the confidence of the codes, the",
-            "tokens of the step in an orange frame, and the image that the tokenizer decodes from all tokens. MaskGIT",
-            "predicts the masked ones, too; those of an autoregressive model are code 0.",
-            f"Class {markdown(rows[0]['class'])}, seed {options.seed}.",
-        ),
-        "",
-        *markdown_table(
-            ["model", "run", "steps T"],
-            [
-                [model, code_cell(Path(run).name), str(len(recording.steps))]
-                for run, (model, recording) in zip(runs, recordings, strict=True)
-            ],
-            left=2,
-        ),
-    ]
-    picture = image_to_png(_stack([each.filmstrip(f"{name}, {len(each.steps)} steps") for name, each in recordings]))
-    return Page("figure-2", lines, rows, {"figure-2.png": picture}, options.results)
-
-
-def _stack(pictures: Sequence[Image.Image]) -> Image.Image:
-    """Returns pictures below each other."""
-    sheet = Image.new("RGB", (max(image.width for image in pictures), sum(image.height for image in pictures)), "white")
-    top = 0
-    for picture in pictures:
-        sheet.paste(picture, (0, top))
-        top += picture.height
-    return sheet
 
 
 def draw_figure_8(

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from maskgit_pl.checks import pixels_text
 from maskgit_pl.data import ShardData
 from maskgit_pl.data.manifest import DataSummary
 from maskgit_pl.data.sources.public import how_to_get
@@ -18,8 +19,8 @@ from maskgit_pl.devices import find_device, parse_dtype
 from maskgit_pl.evaluation.classifier import open_images
 from maskgit_pl.evaluation.evaluator import EvaluatedModel, Evaluator, FeatureMetrics
 from maskgit_pl.evaluation.extractors import open_extractors
-from maskgit_pl.evaluation.ledger import Ledger
-from maskgit_pl.evaluation.options import CLASSIFIER, Spec
+from maskgit_pl.evaluation.ledger import FILE_NAME, Ledger
+from maskgit_pl.evaluation.options import CLASSIFIER, ReportOptions, Spec, round_to_classes
 from maskgit_pl.evaluation.reference import ArrayFile, obtain_references, read_real_labels, read_references
 from maskgit_pl.files import read_json, read_yaml
 from maskgit_pl.pipeline import MaskGIT
@@ -131,6 +132,15 @@ def read_run_recipe(file: Path) -> dict[str, Any]:
     return read_yaml(file) if file.is_file() else {}
 
 
+def trained_recipe(folder: Path) -> dict[str, Any]:
+    """Returns the recipe of a stage of a run, without the seed and what does not affect the trained weights.
+
+    Args:
+        folder: Folder of the stage, such as ``RUN/transformer``; one without a recipe gives an empty mapping.
+    """
+    return remove_untrained(read_run_recipe(folder / "config.yaml"))
+
+
 def remove_untrained(tree: Mapping[str, Any]) -> dict[str, Any]:
     """Returns a complete recipe without the seed and what does not affect the trained weights."""
     return without_keys(tree, _UNTRAINED)
@@ -160,6 +170,47 @@ def open_model(
     for model in models:  # the tokenizer stays: reconstructions remain comparable
         model.network.to(dtype=parse_dtype(dtype, target))
     return EvaluatedModel(folders.run.name, pipe, folders.pretrained, out or folders.run / "evaluation")
+
+
+def open_models(
+    runs: Sequence[Path | str], options: ReportOptions, bars: Bars = no_bars
+) -> tuple[Evaluator, Sequence[EvaluatedModel]]:
+    """Opens the models of runs, and their evaluator with the data of the first run and the ledger of the results.
+
+    Args:
+        runs: Run folders or pretrained folders of models with the same classes and the same image size.
+        options: Data, networks, device, folder of the ledger and other options.
+        bars: Progress bars.
+
+    Raises:
+        FileNotFoundError: if a run, the data or the classifier of the data do not exist.
+        ValueError: if there is no run, the runs have other classes or image sizes than the first, or there are fewer
+            than 2 images per class.
+    """
+    if not runs:
+        raise ValueError("runs must have at least one run, such as runs/fashion-mnist-adaln, got none")
+    folders = [find_run(run, data=options.data) for run in runs]
+    models = [open_model(folder, options.device) for folder in folders]
+    data = open_data(folders[0], models[0].pipe, num_workers=options.num_workers)
+    for model in models[1:]:
+        check_data(model.pipe, data)
+        if model.pipe.tokenizer.image_size != data.config.image_size:
+            raise ValueError(
+                f"run {model.run}: the image size must be that of the first run, {pixels_text(data.config.image_size)} "
+                f"pixels, got {pixels_text(model.pipe.tokenizer.image_size)}; measure it in a separate call"
+            )
+    round_to_classes(options.num_images, data.num_classes)
+    evaluator = open_evaluator(
+        folders[0],
+        data,
+        Ledger(options.results / FILE_NAME),
+        device=models[0].pipe.device,
+        batch_size=options.batch_size,
+        features=options.features,
+        reference=options.reference,
+        bars=bars,
+    )
+    return evaluator, models
 
 
 def open_data(folders: RunFolders, pipe: MaskGIT, *, num_workers: int = 0) -> ShardData:
@@ -207,14 +258,14 @@ def open_evaluator(
     reference: Path | None = None,
     bars: Bars = no_bars,
 ) -> Evaluator:
-    """Opens the evaluator of the runs of a data set, and trains the classifier of the data if it is missing.
+    """Opens the evaluator of the runs of a data set.
 
     ``folders`` are those of the first run. ``reference`` is a file in the layout of ADM to compare with; None for the
     val split.
     """
     if reference is not None:
-        ArrayFile(reference, thing="reference")  # a wrong file is refused before a classifier is trained
-    extractors = open_extractors(folders.classifier, data, features, device=device, bars=bars)
+        ArrayFile(reference, thing="reference")  # a wrong file is refused before networks are read
+    extractors = open_extractors(folders.classifier, data, features, device=device)
     on_images = bars(f"real images: {', '.join(each.label for each in extractors)}", data.summary.samples["val"])
     if reference is not None:  # the classes of its images are unknown
         references = read_references(reference, extractors, folder=folders.references, on_images=on_images)

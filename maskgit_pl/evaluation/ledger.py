@@ -19,7 +19,10 @@ from filelock import lock_descriptor
 from maskgit_pl.distributed import rank_and_world
 from maskgit_pl.files import sync_open
 
+__all__ = ["FILE_NAME", "REAL", "Ledger", "Row", "digest_of", "shorten_digest"]
+
 Row: TypeAlias = dict[str, Any]
+"""A measurement: its values, settings and inputs by column."""
 
 FILE_NAME = "ledger.jsonl"
 REAL = "real images"  # value of the column "model" in a row of real images

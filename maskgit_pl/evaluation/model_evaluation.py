@@ -43,7 +43,6 @@ from maskgit_pl.evaluation.reconstruction import measure_reconstruction
 from maskgit_pl.evaluation.reference import iter_real_batches
 from maskgit_pl.files import check_writable, write_text
 from maskgit_pl.grids import image_grid, reconstruction_grid, save_png
-from maskgit_pl.pipeline.card import refresh_card
 from maskgit_pl.processes import Bars, local_rank, no_bars
 
 _LIKELIHOOD = ("num_images", "draws", "masked_nll", "elbo_", "exact_")  # beginnings of the columns of the report
@@ -117,8 +116,6 @@ def evaluate(run: Path | str, options: EvaluationOptions | None = None, *, bars:
             originals = evaluator.read_real_images("val", _SHOWN_PAIRS)[0]
             _write_pictures(model, decoding, generated, originals, file.parent, options.seed)
             write_text(file, json.dumps(report.content, indent=2) + "\n")
-            if out is None:
-                refresh_card(folders.pretrained)
     return report
 
 

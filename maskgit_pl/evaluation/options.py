@@ -18,7 +18,6 @@ Precision = Literal["32-true", "bf16-mixed"]
 
 CLASSIFIER = "classifier"  # label of the classifier of the data at hand
 FEATURES: tuple[Spec, ...] = (CLASSIFIER, "lite0")
-NUM_TOKENS = (16, 64, 256, 1024)  # paper, Figure 4
 _SMALL_IMAGES = 64  # pixels; smaller images do not need more than 18 layers
 _BOUNDS = {  # of the integers below
     "batch_size": "[1, inf)",
@@ -153,12 +152,6 @@ class ReportOptions(MeasurementOptions):
     results: Path = Path("results")
 
 
-def check_runs(task: str, runs: Sequence[Path | str]) -> None:
-    """Checks that there is a run for a table or figure."""
-    if not runs:
-        raise ValueError(f"{task} must have at least one run, such as runs/fashion-mnist-adaln, got none")
-
-
 def round_to_classes(num_images: int, num_classes: int) -> int:
     """Returns ``num_images``, rounded down to a multiple of the number of classes, at least 2 per class."""
     if num_images < 2 * num_classes:
@@ -241,9 +234,6 @@ class CASConfig(ClassifierConfig):
         if self.model != "auto":
             return self
         return replace(self, model="resnet18" if max(height_width(image_size)) < _SMALL_IMAGES else "resnet50")
-
-
-CAS_TRAINING = CASConfig()
 
 
 def default_training(model: str) -> ClassifierConfig:

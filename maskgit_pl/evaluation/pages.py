@@ -1,4 +1,7 @@
-"""Pages of reports: Markdown, CSV and pictures, and the functions that all reports build them with."""
+"""Pages of reports: Markdown, CSV and pictures, and the functions that all reports build them with.
+
+A word of a ledger row is untrusted: ``markdown``, ``plain_label`` and the cells escape it.
+"""
 
 from __future__ import annotations
 
@@ -15,13 +18,35 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from maskgit_pl.evaluation.metrics import FeatureMetric, format_value, known_metrics
+from maskgit_pl.evaluation.metrics import FeatureMetric, format_value, known_metrics, title
 from maskgit_pl.files import write_atomically
-from maskgit_pl.text import code_span, printable
+from maskgit_pl.text import code_span, markdown, plain_label, printable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from PIL import Image
+
+__all__ = [
+    "Page",
+    "choose_classes",
+    "code_cell",
+    "describe_provenance",
+    "describe_reference",
+    "figure_to_png",
+    "format_seeds",
+    "format_value",
+    "heading",
+    "image_to_png",
+    "markdown",
+    "markdown_table",
+    "metric_cell",
+    "metrics_of",
+    "paragraph",
+    "plain_label",
+    "seeds_cell",
+    "title",
+    "word_cell",
+]
 
 _SHOWN_CLASSES = 10
 
@@ -70,16 +95,21 @@ class Page:
 
 
 def typed_command() -> str:
-    """Returns the ``maskgit`` command of this process as it was typed; empty in another program."""
+    """Returns the command of this process as it was typed, of ``maskgit`` or ``paper/``; empty in another program."""
     program = Path(sys.argv[0])
-    is_ours = program.stem == "maskgit" or program.parts[-2:] == ("maskgit_pl", "__main__.py")
-    return shlex.join(["maskgit", *sys.argv[1:]]) if is_ours else ""
+    if program.stem == "maskgit" or program.parts[-2:] == ("maskgit_pl", "__main__.py"):
+        command = ["maskgit"]
+    elif program.parts[-2:-1] == ("paper",):
+        command = ["python", "-m", f"paper.{program.stem}"]
+    else:
+        return ""
+    return shlex.join([*command, *sys.argv[1:]])
 
 
-def heading(title: str) -> list[str]:
-    """Returns the first lines of a page: the title and the command that makes it."""
+def heading(text: str) -> list[str]:
+    """Returns the first lines of a page: its title and the command that makes it."""
     command = typed_command()
-    return [f"# {title}", "", *([f"    {printable(command, limit=None)}", ""] if command else [])]
+    return [f"# {text}", "", *([f"    {printable(command, limit=None)}", ""] if command else [])]
 
 
 def paragraph(*sentences: str) -> list[str]:
@@ -90,6 +120,12 @@ def paragraph(*sentences: str) -> list[str]:
 def code_cell(text: str) -> str:
     """Returns a table cell with a text as code; an empty text gives an empty cell."""
     return code_span(text) if text else ""
+
+
+def word_cell(row: Mapping[str, Any], name: str) -> str:
+    """Returns a word or count of a row as a table cell, which is empty if the row has none."""
+    value = row.get(name)
+    return "" if value is None else markdown(value)
 
 
 def metrics_of(rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -124,6 +160,36 @@ def markdown_table(headings: Sequence[str], rows: Iterable[Sequence[str]], *, le
     """Returns the lines of a Markdown table. The first ``left`` columns are aligned left, numbers right."""
     first, *lines = ("| " + " | ".join(cells) + " |" for cells in (headings, *rows))
     return [first, "|" + "---|" * left + "---:|" * (len(headings) - left), *lines]
+
+
+def describe_reference(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Describes the real images that the rows compare with: their number and their source."""
+    sources = dict.fromkeys(
+        f"{word_cell(row, 'real_images')} real images of {_reference_name(row)}"
+        if row.get("real_images")
+        else f"the statistics of {_reference_name(row)}"
+        for row in rows
+    )
+    return " and ".join(sources)
+
+
+def _reference_name(row: Mapping[str, Any]) -> str:
+    """Returns the name of the split or file that a row compares with."""
+    return markdown(row.get("reference_file") or f"the {row.get('split') or 'val'} split")
+
+
+def describe_provenance(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Returns a paragraph with the data, the code and the device of the rows; each value occurs once."""
+    columns = {"data": "dataset", "data fingerprint": "data", "commit": "commit", "date": "date", "device": "device"}
+    facts = [
+        f"{name} " + ", ".join(
+            markdown(value)
+            for value in dict.fromkeys(str(row.get(column) or "")[: 12 if column == "commit" else None] for row in rows)
+            if value
+        )
+        for name, column in columns.items()
+    ]  # fmt: skip
+    return paragraph(f"Measured on: {'; '.join(facts)}. The ledger has every row with its decoding and all digests.")
 
 
 def choose_classes(num_classes: int) -> list[int]:

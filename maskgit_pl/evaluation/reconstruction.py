@@ -213,7 +213,7 @@ def evaluate_tokenizer(
     folders = find_tokenizer_folders(folder, data=data)
     file = out or folders.run / "tokenizer.json"
     check_writable("out", file)
-    report = TokenizerReport(measure_tokenizer(open_tokenizer(folders, features, options, bars), bars), file)
+    report = TokenizerReport(measure_tokenizer(open_tokenizer(folders, features, options), bars), file)
     file.parent.mkdir(parents=True, exist_ok=True)
     write_text(file, json.dumps(report.content, indent=2) + "\n")
     return report
@@ -252,16 +252,14 @@ class OpenedTokenizer:
         }
 
 
-def open_tokenizer(
-    folders: RunFolders, features: Sequence[Spec], options: TokenizerOptions, bars: Bars
-) -> OpenedTokenizer:
-    """Opens a tokenizer, the data and the feature networks; trains the classifier of the data if it is missing."""
+def open_tokenizer(folders: RunFolders, features: Sequence[Spec], options: TokenizerOptions) -> OpenedTokenizer:
+    """Opens a tokenizer, the data and the feature networks."""
     device = find_device(options.device)
     tokenizer = load_tokenizer(folders.pretrained / "tokenizer")
     tokenizer.network.to(device, dtype=parse_dtype(options.dtype, device))
     data = open_images(folders.data, tokenizer.image_size, tokenizer.channels, num_workers=options.num_workers)
     data.warn_if_enlarged()
-    extractors = open_extractors(folders.classifier, data, features, device=device, bars=bars)
+    extractors = open_extractors(folders.classifier, data, features, device=device)
     return OpenedTokenizer(folders, options, tokenizer, data, extractors)
 
 

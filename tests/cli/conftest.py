@@ -113,6 +113,12 @@ def judge(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
+def own_judge(judge: Path, tmp_path: Path) -> None:
+    """A classifier of the data in the place of those that the run ``tmp_path / "run"`` is measured with."""
+    shutil.copytree(judge, tmp_path / "shards-classifier" / "small")
+
+
+@pytest.fixture
 def image(tmp_path: Path) -> Path:
     """A grey picture of 8 x 8 pixels, to be edited."""
     Image.fromarray(pixels().numpy()).save(tmp_path / "image.png")

@@ -69,6 +69,8 @@ def test_images_of_24_by_40_pixels_go_from_files_to_an_evaluation(tmp_path: Path
     maskgit_runs("sample", run, "--num-images", 6, "--out", tmp_path / "many.npz")
     assert np.load(tmp_path / "many.npz")["arr_0"].shape == (6, 24, 40, 3)  # over white
     measured = (run, "--data", shards, "--num-images", 8, "--features", "classifier")
+    classifier = ("--image-size", "24,40", "--channels", 3, "--runs-folder", tmp_path / "runs")
+    maskgit_runs("train-classifier", "--data", shards, *classifier)
     maskgit_runs("evaluate", *measured, "--likelihood-images", 4)
     judge = load_classifier(tmp_path / "runs" / "shards-classifier" / "small").network.sizes
     assert (judge.in_channels, judge.image_size) == (3, (24, 40))

@@ -4,14 +4,12 @@ from typing import IO, Any
 
 import pytest
 import yaml
-from PIL import Image
 
 from maskgit_pl.cli import main
 from maskgit_pl.evaluation.evaluator import Evaluator
 from maskgit_pl.evaluation.ledger import Ledger
 from maskgit_pl.runs import variants
-from paper import schedule_table
-from tests.cli.conftest import call_command as call
+from paper.table_3 import table_3
 from tests.conftest import flags, save_tiny_pretrained
 
 TINY = Path(__file__).parents[1] / "tiny"
@@ -35,70 +33,6 @@ def common(data: Path, judge: Path, results: Path) -> list[object]:
 
 def rows(results: Path, measurement: str) -> list[dict[str, Any]]:
     return Ledger(results / "ledger.jsonl").rows(measurement)
-
-
-# table and figure
-
-
-@pytest.mark.slow
-def test_table_1_is_measured_once_and_has_the_rows_of_the_paper(
-    runs: list[Path], tiny_shards: Path, judge: Path, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for number in range(2):
-        seed = save_tiny_pretrained(tmp_path / f"seed-{number}" / "pretrained", seed=number, attention="causal").parent
-        (seed / "transformer").mkdir()
-        (seed / "transformer" / "config.yaml").write_text(yaml.safe_dump({"data": {"seed": number}}))
-        runs.append(seed)
-    words = ["1", *runs, *common(tiny_shards, judge, tmp_path / "results"), "--cas-model", "none", "--num-steps", "1,4"]
-    assert call("table", *words) == 0
-    page = (tmp_path / "results" / "shards" / "table-1.md").read_text()
-    for text in ("| MaskGIT (bert) | `shoes-square` |", "| autoregressive (bert) | `seed-0`, `seed-1` |", "BigGAN-deep",
-                 "| real images |  |", "| T = 1 | T = 4 | T = 16 |", "| ms, batch 64 |"):  # fmt: skip
-        assert text in page
-    assert "MaskGIT" in capsys.readouterr().out
-    measured = rows(tmp_path / "results", "samples")
-    names = ["shoes-square", "shoes-cosine"]
-    assert [row["run"] for row in measured] == [*names, "seed-0", "seed-1", "", *names]
-    assert [row["num_steps"] for row in measured] == [4, 4, 16, 16, None, 1, 1]
-    assert all(row["commit"] and row["date"] and row["num_images"] == 12 for row in measured)
-    with Image.open(tmp_path / "results" / "shards" / "table-1.png") as picture:
-        assert picture.height > 100
-
-    monkeypatch.setattr(Evaluator, "generate", lambda *_, **__: pytest.fail("measured again"))
-    assert call("table", *words) == 0
-    assert rows(tmp_path / "results", "samples") == measured
-
-
-def test_figures_2_and_4_are_drawn_of_runs(runs: list[Path], tmp_path: Path) -> None:
-    call("figure", 2, *runs, "--results", tmp_path, "--class-name", "Trouser", "--seed", 3, "--device", "cpu")
-    page = (tmp_path / "figure-2.md").read_text()
-    assert "| MaskGIT | `shoes-cosine` | 4 |" in page
-    how = ["--results", tmp_path, "--device", "cpu", "--num-tokens", "4"]
-    call("figure", 4, runs[0], *how)
-    (network,) = {row["network"] for row in rows(tmp_path, "timing")}
-    assert network.startswith("bert, codebook_size 16, num_classes 3, num_token_groups 1, embed_dim 16, depth 1")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("text", ["data: {path: 3}", "x: " + "[" * 5000])
-def test_a_hostile_recipe_of_a_run_is_refused_in_one_line(runs: list[Path], text: str, capsys) -> None:
-    (runs[0] / "transformer").mkdir()
-    (runs[0] / "transformer" / "config.yaml").write_text(text)
-    assert main(["table", "1", str(runs[0]), "--device", "cpu"]) == 2
-    error = capsys.readouterr().err
-    assert "shoes-square" in error
-    assert error.count("\n") == 1
-
-
-@pytest.mark.slow
-def test_table_2_edits_held_out_images(runs: list[Path], tiny_shards: Path, judge: Path, tmp_path: Path) -> None:
-    call("table", 2, runs[0], *common(tiny_shards, judge, tmp_path / "results"))
-    measured = rows(tmp_path / "results", "editing")
-    assert [(row["task"], row["model"]) for row in measured] == [
-        (task, kind) for task in ("outpaint-right", "inpaint-centre") for kind in ("MaskGIT", "masked", "unedited")
-    ]
-    assert measured[2]["fid"] == measured[5]["fid"]  # the same images, as they are
-    assert "CoModGAN" in (tmp_path / "results" / "shards" / "table-2.md").read_text()
 
 
 # ablation
@@ -160,16 +94,14 @@ def test_table_3_and_figure_8_show_the_best_t_which_is_measured_again(
         assert (row["run"], row["best_steps"], 12) in steps  # noise that took no part in the choice
     assert "| base | " in (results / "shards" / "ablation.md").read_text().split("## FID by number of steps T")[1]
 
-    how = ["--results", str(results), "--num-images", "12", "--num-tokens", "16"]
-    monkeypatch.setattr("sys.argv", ["schedule_table.py", *map(str, runs), *how])
-    schedule_table.main()
+    how = {"results": results, "num_images": 12, "num_tokens": 16}
+    table_3(runs, **how)
     page = (results / "shards" / "table-3.md").read_text()
     assert "`cosine`" in page
     assert "`square`" in page
     assert (results / "shards" / "figure-8.png").is_file()
-    monkeypatch.setattr("sys.argv", ["schedule_table.py", "runs/none", *how])
-    with pytest.raises(SystemExit):
-        schedule_table.main()
+    with pytest.raises(ValueError, match="none"):
+        table_3([Path("runs/none")], **how)
 
 
 @pytest.mark.trainings

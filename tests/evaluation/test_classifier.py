@@ -14,6 +14,7 @@ from maskgit_pl.evaluation.classifier import (
     LabelledImages,
     classification_accuracy,
     count_hits,
+    find_classifier,
     fit_classifier,
     obtain_classifier,
 )
@@ -73,7 +74,7 @@ def test_a_stored_classifier_is_read_and_not_trained_again(data: ShardData, tmp_
     assert len(steps) == MOMENT.max_steps
     images = real(data)[0]
     assert torch.equal(first(images).logits, second(images).logits)
-    open_extractors(tmp_path / "judge", data, ["classifier"], device="cpu")  # of any training
+    assert find_classifier(tmp_path / "judge", data) == tmp_path / "judge"  # of any training
     assert contents(tmp_path / "judge") == before
 
 
@@ -125,10 +126,16 @@ def test_the_classifier_of_the_package_is_that_of_the_demo() -> None:
     assert weights_digest(load_classifier(classifier._SHIPPED)) == measured["weights"]
 
 
-def test_a_missing_weight_file_is_found_before_the_classifier_is_trained(data: ShardData, tmp_path: Path) -> None:
-    with pytest.raises((ValueError, FileNotFoundError), match="nowhere"):
-        open_extractors(tmp_path / "judge", data, ["classifier", "inception=nowhere"], device="cpu")
-    assert not (tmp_path / "judge").exists()
+def test_a_missing_classifier_is_refused_with_the_command_and_that_of_the_package_is_taken(
+    data: ShardData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = rf"`maskgit train-classifier --data {data.config.path} --runs-folder {tmp_path}`"
+    with pytest.raises(FileNotFoundError, match=rf"must be one of data .*, got none; train it with {command}"):
+        open_extractors(tmp_path / "data-classifier" / "small", data, ["classifier"], device="cpu")
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(classifier, "_SHIPPED", tmp_path / "shipped")
+    obtain_classifier(tmp_path / "shipped", data, config=MOMENT)
+    assert find_classifier(tmp_path / "none", data) == tmp_path / "shipped"
 
 
 def on_a_rank(rank: int, folder: str, shards: str) -> None:

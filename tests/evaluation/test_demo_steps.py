@@ -35,7 +35,7 @@ def value(words: list[str], flag: str) -> str:
 def test_the_demo_has_the_steps_of_make() -> None:
     steps = commands()
     assert [words[:2] for words in steps[:2]] == [["data", "fetch"], ["train", "tokenizer"]]
-    assert [words[0] for words in steps[2:]] == ["tokenize", "train", "evaluate"]
+    assert [words[0] for words in steps[2:]] == ["tokenize", "train", "train-classifier", "evaluate"]
     assert value(steps[-1], "--features") == "classifier"  # grey images
     # The commands of the targets that make has for single steps.
     for target, words in zip(("train-tokenizer", "tokenize", "train-transformer"), steps[1:4], strict=True):
@@ -49,7 +49,13 @@ def test_own_images_are_converted_and_trained_with_a_budget() -> None:
     assert steps[0] == ["data", "make", "photos", "--out", "data/shards/mine", "--lenient"]
     assert (value(steps[1], "--recipe"), value(steps[1], "--run")) == ("adaln 15m", "mine-adaln-15m")
     assert (steps[-1][:2], value(steps[-1], "--features")) == (["evaluate", "r/mine-adaln-15m"], "classifier,lite0")
-    assert [words[0] for words in commands(tokenizer="x")] == ["data", "tokenize", "train", "evaluate"]
+    assert [words[0] for words in commands(tokenizer="x")] == [
+        "data",
+        "tokenize",
+        "train",
+        "train-classifier",
+        "evaluate",
+    ]
     for words in commands(overrides=["--data.seed=3"])[1:4]:
         assert "--data.seed=3" in words
 
@@ -117,7 +123,7 @@ def test_the_demo_makes_what_its_commands_make_also_after_a_stop(place: Path, mo
     # The commands that it has shown, each in a process of its own, with the same classifier.
     for name in ("one", "tokens"):
         (place / "runs" / name).rename(place / name)
-    for line in re.findall(r"^ +maskgit (.*)", said, re.MULTILINE)[:4]:
+    for line in re.findall(r"^ +maskgit (.*)", said, re.MULTILINE)[:5]:
         assert start(shlex.split(line), place, place / "log").wait(300) == 0, (place / "log").read_text()
     assert hashes(place / "runs").items() <= made.items()  # the demo has a checkpoint of its stop, too
 
@@ -136,5 +142,5 @@ def test_the_demo_makes_what_its_commands_make_also_after_a_stop(place: Path, mo
             maskgit_pl.demo(**OPTIONS, short=True)
     finally:
         ours.removeHandler(handler)
-    assert [message for message in caplog.messages if message.startswith("\n[")][-1].startswith("\n[1/4]")
+    assert [message for message in caplog.messages if message.startswith("\n[")][-1].startswith("\n[1/5]")
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL

@@ -6,7 +6,7 @@ import pytest
 
 from maskgit_pl import MaskGIT
 from maskgit_pl.decoding import DecodingConfig
-from maskgit_pl.evaluation import distill
+from maskgit_pl.evaluation import ClassifierConfig, distill, train_classifier
 from maskgit_pl.files import read_yaml
 from maskgit_pl.pretrained.networks import save_decoding
 
@@ -19,6 +19,8 @@ MEASURED = ("val/fid", "val/class_agreement", "val/diversity", "val/recall")
 def test_a_student_is_trained_measured_and_exported(tiny_shards, tiny_pretrained, tmp_path):
     teacher, run = shutil.copytree(tiny_pretrained, tmp_path / "teacher"), tmp_path / "student"
     save_decoding(teacher, DecodingConfig(3, guidance={"name": "linear", "scale": 2.0}))
+
+    train_classifier(tiny_shards, config=ClassifierConfig(max_steps=2, batch=8), runs_folder=tmp_path, device="cpu")
 
     def train():
         return distill(

@@ -29,6 +29,7 @@ from maskgit_pl.evaluation.metrics import (
 from maskgit_pl.evaluation.options import ClassifierConfig
 from maskgit_pl.evaluation.reference import Reference
 from tests.installed_packages import install
+from tests.paper.scripts import run as run_script
 
 PAGE = Path(__file__).parents[2] / "docs" / "plug-ins.md"
 
@@ -147,7 +148,8 @@ def test_a_metric_of_another_package_is_measured_printed_and_searched_for(run: P
     assert values["packaged/classifier"] in [row["packaged"] for row in rows]
 
     common = [str(run), "--data", str(tiny_shards), "--num-images", "6", "--device", "cpu"]
-    assert main(["table", "1", *common, "--features", "classifier", "--cas-model", "none", "--results", "res"]) == 0
+    words = [*common, "--features", "classifier", "--cas-model", "none", "--results", "res"]
+    assert run_script("table_1", *words) == 0
     page = next(Path("res").glob("*/table-1.md")).read_text()
     assert "nearest real image" in page
     assert main(["tune", *common, "--trials", "2", "--metric", "packaged"]) == 0

@@ -6,9 +6,10 @@ import pytest
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.evaluation.ablation_page import make_ablation_page
 from maskgit_pl.evaluation.pages import Page, heading
-from maskgit_pl.evaluation.tables import make_editing_page, make_generation_page
 from maskgit_pl.evaluation.tuning import Trial, TuningResult, make_page
-from paper.schedule_table import ScheduleResult, make_schedule_page
+from paper.table_1 import make_generation_page
+from paper.table_2 import make_editing_page
+from paper.table_3 import ScheduleResult, make_schedule_page
 from tests.evaluation import test_ablation_page, test_tuning
 from tests.hostile_words import HOSTILE
 from tests.test_errors import structure
@@ -24,7 +25,8 @@ def test_a_page_is_written_to_its_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("words", "line"), [
-    (["/env/bin/maskgit", "table", "1", "runs/a b", "--seed", "3"], "    maskgit table 1 'runs/a b' --seed 3"),
+    (["/env/bin/maskgit", "compare", "runs/a b", "--seed", "3"], "    maskgit compare 'runs/a b' --seed 3"),
+    (["/here/paper/table_1.py", "runs/a b"], "    python -m paper.table_1 'runs/a b'"),
     (["/env/maskgit_pl/__main__.py", "tune", "\x1b[31m"], "    maskgit tune '\\x1b[31m'"),
     (["/env/pytest/__main__.py", "-q"], None),
 ])  # fmt: skip

@@ -1,7 +1,7 @@
-"""The edited images of the paper's Table 2.
+"""The edited images of Table 2: the right half of held-out images is outpainted, or their centre is inpainted.
 
-The right half of held-out images is outpainted, or their centre is inpainted. The pixels to generate are removed before
-the tokenizer encodes an image. Otherwise its convolutions would carry some of them into the neighbouring tokens.
+The pixels to generate are removed before the tokenizer encodes an image. Otherwise its convolutions would carry some of
+them into the neighbouring tokens.
 """
 
 from __future__ import annotations
@@ -12,8 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from maskgit_pl.checks import height_width
-from maskgit_pl.pipeline import MaskGIT
+from maskgit_pl import MaskGIT
 from maskgit_pl.pipeline.regions import pixel_region
 from maskgit_pl.pretrained.networks import PretrainedTokenizer
 
@@ -46,9 +45,9 @@ def edit(
     """
     classes: list[int] = labels.tolist()
     mask, edited = make_hidden_mask(task, pipe.tokenizer), []
-    sides, factor = height_width(pipe.tokenizer.image_size), pipe.tokenizer.token_size
+    factor = pipe.tokenizer.token_size
     # Canvases are whole tokens. An image that does not fill its last tokens is inpainted in its right half.
-    if task == "outpaint-right" and not any(side % factor for side in sides):
+    if task == "outpaint-right" and not any(side % factor for side in images.shape[-2:]):
         # Outpainting extends an image, so that the right half is cut off first.
         added = int(mask[0].sum())
         for row, label in enumerate(classes):
@@ -87,7 +86,8 @@ def make_hidden_mask(task: Task, tokenizer: PretrainedTokenizer) -> Tensor:
 
     Source: paper, Table 2.
     """
-    (rows, columns), (height, width) = tokenizer.grid, height_width(tokenizer.image_size)
+    (rows, columns), size = tokenizer.grid, tokenizer.image_size
+    height, width = (size, size) if isinstance(size, int) else size
     hidden = torch.zeros(rows, columns, dtype=torch.bool)  # (h, w) tokens
     if task == "outpaint-right":
         hidden[:, columns // 2 :] = True

@@ -5,8 +5,8 @@ from typing import get_args
 import pytest
 import torch
 
-from maskgit_pl.evaluation.editing import Task, edit, hide_pixels, make_hidden_mask
 from maskgit_pl.pipeline import MaskGIT
+from paper.editing import Task, edit, hide_pixels, make_hidden_mask
 
 
 @pytest.fixture(scope="module")

@@ -8,19 +8,22 @@ Source: Chang et al., MaskGIT, CVPR 2022, arXiv:2202.04200, Table 3 and Figure 8
 
 from __future__ import annotations
 
-import argparse
+import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
+from typing import Annotated
 
+from maskgit_pl.cli import run_script
+from maskgit_pl.cli.arguments import Output
+from maskgit_pl.cli.flags import Runs, write_page
 from maskgit_pl.decoding.guidance import guidance_scales, guidance_schedules
 from maskgit_pl.evaluation.evaluator import collect_numbers
 from maskgit_pl.evaluation.figures import draw_figure_8
 from maskgit_pl.evaluation.ledger import FILE_NAME, REAL, Ledger, Row
-from maskgit_pl.evaluation.pages import Page, heading, markdown_table, paragraph, seeds_cell
-from maskgit_pl.evaluation.tables import describe_provenance
+from maskgit_pl.evaluation.pages import Page, describe_provenance, heading, markdown_table, paragraph, seeds_cell
 from maskgit_pl.schedules import mask_schedules
 from maskgit_pl.text import code_span, markdown
 
@@ -189,36 +192,46 @@ def _flatten(result: ScheduleResult) -> dict[str, object]:
     }
 
 
-def main() -> None:
-    """Writes ``table-3.md``, ``table-3.csv`` and ``figure-8.png``."""
-    parser = argparse.ArgumentParser(description="Makes Table 3 and Figure 8 of the paper from measurements.")
-    parser.add_argument("runs", nargs="*", metavar="RUN", help="run folders (default: those of the last --ablation)")
-    parser.add_argument("--ablation", default="ablation-mask_schedule", help="name of the ablation that measured them")
-    parser.add_argument("--results", type=Path, default=Path("results"), help="folder of the ledger and the pages")
-    parser.add_argument("--num-images", type=int, help="images of each measurement (default: those of --ablation)")
-    parser.add_argument("--num-tokens", type=int, default=49, help="tokens per image, for exp and log in Figure 8")
-    arguments = parser.parse_args()
-    ledger = Ledger(arguments.results / FILE_NAME)
-    of_ablation = [row for row in ledger.rows("ablation") if row["ablation"] == arguments.ablation]
+def table_3(
+    runs: Runs = (),
+    *,
+    ablation: str = "ablation-mask_schedule",
+    results: Annotated[Path, Output("")] = Path("results"),
+    num_images: int | None = None,
+    num_tokens: int = 49,
+) -> None:
+    """Writes Table 3 and Figure 8 from the measurements of ablations, and measures nothing.
+
+    The page is RESULTS/DATASET/table-3.md with .csv and figure-8.png.
+
+    Example: python -m paper.table_3
+
+    Args:
+        runs: Run folders (runs/NAME) that were measured with --num-steps (default: those of the last --ablation).
+        ablation: Name of the ablation that measured them.
+        results: Folder of the ledger and the pages.
+        num_images: Number of images of each measurement (default: that of --ablation).
+        num_tokens: Tokens per image, for exp and log in Figure 8.
+
+    Raises:
+        ValueError: if the ledger has no measurements of the runs.
+    """
+    ledger = Ledger(results / FILE_NAME)
+    of_ablation = [row for row in ledger.rows("ablation") if row["ablation"] == ablation]
     protocol = of_ablation[-1]["protocol"] if of_ablation else {}
-    runs = [Path(run).name for run in arguments.runs]
-    runs = runs or [row["run"] for row in of_ablation if row["protocol"] == protocol and "run" in row]
-    if not runs:
-        parser.error(f"{ledger.file} must have runs of {arguments.ablation}, got none; use `make schedule-table`")
-    num_images = arguments.num_images or protocol.get("num_images", 1000)
-    try:
-        results = read_results(ledger, [*dict.fromkeys(runs)], num_images=num_images)
-    except ValueError as error:
-        parser.error(str(error))
-    any_row = next(iter(results[0].fresh.values()))
+    names = [run.name for run in runs]
+    names = names or [row["run"] for row in of_ablation if row["protocol"] == protocol and "run" in row]
+    if not names:
+        raise ValueError(f"{ledger.file} must have runs of {ablation}, got none; use `make schedule-table`")
+    measured = read_results(ledger, [*dict.fromkeys(names)], num_images=num_images or protocol.get("num_images", 1000))
+    any_row = next(iter(measured[0].fresh.values()))
     columns = ("num_images", "network", "judge", "reference", "dataset")
     real = ledger.find("samples", {"model": REAL, **{name: any_row[name] for name in columns}})
     assert real is not None  # the ablation measures it first
-    figure = draw_figure(results, real, num_tokens=arguments.num_tokens)
-    page = replace(make_schedule_page(results), folder=arguments.results / any_row["dataset"])
-    for file in replace(page, pictures={"figure-8.png": figure}).write():
-        print(file)
+    figure = draw_figure(measured, real, num_tokens=num_tokens)
+    page = make_schedule_page(measured)
+    write_page(replace(page, folder=results / any_row["dataset"], pictures={"figure-8.png": figure}))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_script(table_3, prog="python -m paper.table_3"))

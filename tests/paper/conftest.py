@@ -1,0 +1,3 @@
+from tests.cli.conftest import judge
+
+__all__ = ["judge"]
