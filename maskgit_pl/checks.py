@@ -189,10 +189,6 @@ def build_dataclass(kind: type[T], values: object, where: str) -> T:
         kind: Dataclass whose annotations give the types, and whose ``__post_init__`` checks ranges.
         values: Mapping from the file. JSON lists are accepted for tuples, and integers for floats.
         where: File and key of ``values``, for the message.
-
-    Raises:
-        ValueError: if ``values`` is not a mapping, has unknown or missing keys or values of another type, or
-            if ``kind`` raises a ``ValueError``. The message begins with ``where``.
     """
     if not isinstance(values, Mapping):
         raise ValueError(f"{where} must be a mapping, got {shorten(values)}")
@@ -206,12 +202,7 @@ def build_dataclass(kind: type[T], values: object, where: str) -> T:
 
 
 def validate(kind: type[T], values: Mapping[str, Any]) -> T:
-    """Builds a dataclass from plain values. Types are compared strictly, as in JSON: a bool is no number.
-
-    Raises:
-        ValueError: if a key or a type is wrong, or the dataclass raises a ``ValueError``; for the messages,
-            see ``describe_wrong_values``.
-    """
+    """Builds a dataclass from plain values. Types are compared strictly, as in JSON: a bool is no number."""
     validator = _validator(cast(Hashable, kind))
     return kind(**values) if validator is None else cast(T, validator.validate_python([values])[0])
 

@@ -32,11 +32,7 @@ def device_names() -> list[str]:
 
 
 def check_device(device: torch.device | str, *, name: str = "device") -> torch.device:
-    """Returns a device such as ``cpu``, ``cuda`` or ``cuda:1``; ``name`` is that of the setting in the error.
-
-    Raises:
-        ValueError: if there is no such device. The message lists the available devices.
-    """
+    """Returns a device such as ``cpu``, ``cuda`` or ``cuda:1``; ``name`` is that of the setting in the error."""
     names, requested = device_names(), str(device)
     if requested in names:
         return torch.device(requested)
@@ -59,11 +55,7 @@ def default_device(*, local_rank: int | None = None) -> str:
 
 
 def find_device(device: str | None) -> str:
-    """Returns the name of a device that torch can use on this machine; without a name, that of ``default_device``.
-
-    Raises:
-        ValueError: if there is no such device. The message lists the available devices.
-    """
+    """Returns the name of a device that torch can use on this machine; without a name, that of ``default_device``."""
     return default_device() if device is None else str(check_device(device))
 
 

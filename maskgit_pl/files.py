@@ -63,10 +63,6 @@ def write_atomically(path: Path) -> Iterator[IO[bytes]]:
 
     Yields:
         The stream to write to.
-
-    Raises:
-        OSError: if the file cannot be written. The message names ``path``.
-        PathError: if ``path`` is a folder, a device, a pipe or a broken link.
     """
     path = follow_links(path)
     with _replacing(path) as partial, open(partial, "wb") as file:  # 1.
@@ -103,9 +99,6 @@ def write_tensors(file: Path, tensors: Mapping[str, Tensor], *, metadata: Mappin
         file: File to write; an existing one is replaced. A link stays, and its target is written.
         tensors: Contiguous tensors on the CPU by name.
         metadata: Metadata for the header of the file.
-
-    Raises:
-        OSError: See ``write_atomically``.
     """
     file = follow_links(file)
     from safetensors.torch import save_file
@@ -162,10 +155,6 @@ def check_writable(name: str, path: Path, *, is_folder: bool = False) -> None:
         name: Name of the setting for the error, such as ``--out``.
         path: File or folder to write later. Neither it nor the folders above it need to exist.
         is_folder: True for a folder.
-
-    Raises:
-        ValueError: if a folder has the name of the file or the other way round, a device or a pipe has the
-            name, a link is broken, or the nearest existing folder is not writable.
     """
     path = follow_links(path, name, is_folder=is_folder)
     # The nearest folder that exists decides: the ones below it are made later.
@@ -179,12 +168,7 @@ def check_writable(name: str, path: Path, *, is_folder: bool = False) -> None:
 
 
 def follow_links(path: Path, name: str = "output", *, is_folder: bool = False) -> Path:
-    """Returns the file or folder that is written for a path: links are followed, so that a link stays one.
-
-    Raises:
-        PathError: if something of another kind is there, which a rename would replace even if it is a device, or a
-            link leads to a folder that does not exist, such as one on a disk that is not mounted.
-    """
+    """Returns the file or folder that is written for a path: links are followed, so that a link stays one."""
     if path.exists() and not (path.is_dir() if is_folder else path.is_file()):
         kind = "folder" if path.is_dir() else "file" if path.is_file() else "device or pipe"
         raise PathError(
@@ -221,11 +205,7 @@ def sync_open(descriptor: int) -> None:
 
 
 def open_regular(path: str | Path) -> int:
-    """Opens a regular file, or a link to one, for reading, and returns the descriptor, which the caller closes.
-
-    Raises:
-        OSError: if it cannot be opened; a ``PathError`` if it is not a regular file.
-    """
+    """Opens a regular file, or a link to one, for reading, and returns the descriptor, which the caller closes."""
     # Without O_NONBLOCK, opening a FIFO would wait for a writer. It has no effect on regular files. Windows
     # lacks it, and changes line ends without O_BINARY.
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
@@ -258,12 +238,6 @@ def read_json(file: Path, *, max_bytes: int = _MAX_JSON_BYTES) -> dict[str, Any]
 
     Returns:
         The mapping, with plain values and finite numbers.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it is not a regular file, larger than ``max_bytes``, not UTF-8, not JSON, nested over
-            64 levels deep, not a mapping, has a key twice, or holds NaN or infinity. The message is one line
-            that names the file.
     """
     return parse_json(_read_bounded(file, max_bytes), str(file))
 
@@ -277,11 +251,7 @@ def _read_bounded(file: Path, max_bytes: int) -> bytes:
 
 
 def read_text(file: Path, *, max_bytes: int = _MAX_YAML_BYTES) -> str:
-    """Reads an untrusted file of UTF-8 text, without a byte order mark.
-
-    Raises:
-        ValueError: if it is not a regular file, larger than ``max_bytes``, or not UTF-8.
-    """
+    """Reads an untrusted file of UTF-8 text, without a byte order mark."""
     try:
         return _read_bounded(file, max_bytes).decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -305,9 +275,6 @@ def parse_any_json(text: bytes | str, where: str, **hooks: Any) -> Any:
         text: UTF-8 text.
         where: Name of the file for the message.
         hooks: Options of ``json.loads``.
-
-    Raises:
-        ValueError: if the text is not UTF-8, not JSON, or nested over 64 levels deep. The message is one line.
     """
     too_deep = f"{where} must be nested at most {_MAX_JSON_DEPTH} levels deep"
     try:
@@ -349,12 +316,7 @@ def _finite_float(word: str) -> float:
 
 
 def read_yaml(file: Path) -> dict[str, Any]:
-    """Reads a YAML file as plain values.
-
-    Raises:
-        ValueError: if the file is over 200 kB, not YAML, no mapping, holds an alias, a tag or a repeated key, or is not
-            plain (``check_plain``). The message is one line.
-    """
+    """Reads a YAML file as plain values."""
     text = read_text(file)
     try:
         tree = parse_yaml(text)
@@ -387,10 +349,6 @@ def check_plain(node: Any, path: str = "", depth: int = 0) -> None:
         node: Tree, or a part of it.
         path: Dotted key of the part, for messages.
         depth: Nesting depth of the part.
-
-    Raises:
-        ValueError: if the tree is nested too deep, or holds another type, a non-finite number, or a key that
-            names code. The message names the key.
     """
     if depth > _MAX_YAML_DEPTH:
         raise ValueError(f"{path[:80]}: it is nested too deep")
@@ -466,10 +424,6 @@ def open_zip(stream: IO[bytes], *, max_entries: int) -> zipfile.ZipFile:
     Args:
         stream: The file, which must stay open.
         max_entries: Maximum number of entries.
-
-    Raises:
-        TooLargeDirectoryError: if there are more entries, or the directory is longer than 1 GiB.
-        zipfile.BadZipFile: if the file is damaged or not a zip.
     """
     limited = _LimitedStream(stream, max_entries)
     archive = zipfile.ZipFile(cast("IO[bytes]", limited))

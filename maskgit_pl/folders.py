@@ -47,9 +47,6 @@ def write_folder(
 
     Yields:
         The new folder, beside ``folder``.
-
-    Raises:
-        ValueError: if ``folder`` cannot be replaced, or another process writes it.
     """
     folder = resolve_folder(name, folder)  # 1.
     with hold_lock(folder, hint="give another path"):  # 2.
@@ -78,10 +75,6 @@ def replace_folder(fresh: Path, folder: Path) -> None:
     Args:
         fresh: New folder, whose files are on disk.
         folder: Path to replace, on the same file system. A link stays, and its target is replaced.
-
-    Raises:
-        OSError: if the new folder cannot be renamed. The old folder is back at ``folder`` then.
-        ValueError: if ``folder`` is no folder.
     """
     folder = follow_links(folder, is_folder=True)
     sync(fresh)
@@ -104,10 +97,6 @@ def resolve_folder(name: str, folder: Path) -> Path:
     Args:
         name: Name of the setting for the error, such as ``--out``.
         folder: Folder to replace later. Neither it nor the folders above it need to exist.
-
-    Raises:
-        ValueError: if it cannot be written (``check_writable``), or not be renamed: a mount point such as
-            ``/``, the current folder, or one above it.
     """
     check_writable(name, folder, is_folder=True)
     real, current = follow_links(folder, name, is_folder=True), Path.cwd()
@@ -132,9 +121,6 @@ def check_new_folder(folder: Path, *, replace: bool, description: str, known: Co
         replace: True if an earlier one may be replaced.
         description: File by which an earlier one is known.
         known: Its other files, relative to it.
-
-    Raises:
-        FileExistsError: if the folder has other files, or ``replace`` is False.
     """
     if not has_content(folder):
         return
@@ -149,11 +135,7 @@ def check_new_folder(folder: Path, *, replace: bool, description: str, known: Co
 
 
 def check_only_known(folder: Path, expected_files: Collection[str]) -> None:
-    """Checks that a folder holds no other files than those that are replaced, because others would be lost.
-
-    Raises:
-        FileExistsError: if there are others. The message names up to three.
-    """
+    """Checks that a folder holds no other files than those that are replaced, because others would be lost."""
     files = [path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()]
     unknown = sorted({path.relative_to(folder).as_posix() for path in files} - {*expected_files})
     if unknown:
@@ -177,10 +159,6 @@ def hold_lock(target: Path, *, hint: str, rank: int | None = None) -> Iterator[N
         hint: Advice for the message besides waiting, such as ``"give another --out"``.
         rank: Rank of a process that shares the work on the target with others, each with its own lock; None
             for exclusive work.
-
-    Raises:
-        ValueError: if another process holds the lock.
-        PermissionError: if its file belongs to another user and cannot be opened.
     """
     real = Path(os.path.realpath(target))  # one lock for all links to the target
     path = real.parent / (f".{real.name}.lock" if rank is None else f".{real.name}.rank{rank}.lock")

@@ -59,11 +59,7 @@ log = logging.getLogger(__name__)
 
 
 def check_launcher(environment: Mapping[str, str] = os.environ) -> None:
-    """Checks the variables of a launcher, from which Lightning and this package read ranks.
-
-    Raises:
-        ValueError: if one is no number.
-    """
+    """Checks the variables of a launcher, from which Lightning and this package read ranks."""
     for name in (*sum(_RANKS, ()), *_LOCAL_RANKS):
         if not environment.get(name, "0").isdecimal():
             raise ValueError(
@@ -194,9 +190,6 @@ def run_jobs(
 
     Yields:
         (job, result) in the order in which the jobs finish.
-
-    Raises:
-        DataWorkerError: if a worker was killed.
     """
     # One process: the results come in the order of the jobs, and starting another would take a second.
     workers = min(workers, len(jobs))
@@ -244,9 +237,6 @@ def choose_workers(requested: int | None, *, work: float) -> int:
     Args:
         requested: The number that the user asked for; None for one per core, fewer if there is little work.
         work: Amount of work, in units that take one process about 10 seconds.
-
-    Raises:
-        ValueError: if ``requested`` is not an integer of at least 1.
     """
     if requested is None:
         return min(available_cores(), 1 + int(work))

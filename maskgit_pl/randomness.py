@@ -114,9 +114,6 @@ def random_bits(
 
     Returns:
         (B, count) int64 in [0, 2**32), on the device of the given tensors; (streams, B, count) for a list of names.
-
-    Raises:
-        ValueError: if a plain integer is out of range.
     """
     parts = {"index": index, "epoch": epoch, "seed": seed}
     devices = [part.device for part in parts.values() if isinstance(part, Tensor)]

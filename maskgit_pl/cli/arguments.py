@@ -158,9 +158,6 @@ def read_call(function: Callable[..., Any], words: Mapping[str, Any], overrides:
         function: The command.
         words: Words by the name of the argument.
         overrides: Words that the parser does not know, for the parameter ``overrides``.
-
-    Raises:
-        ValueError: if a word cannot be read, or an output is refused. See ``Output``.
     """
     call: dict[str, Any] = {}
     values: list[tuple[_Argument, Any]] = []
@@ -263,9 +260,6 @@ def _read(name: str, text: str, hint: Any, form: Word | Output | None) -> Any:
 
     ``str | dict`` is a name or a mapping in YAML, which JSON is too, ``tuple[int, ...]`` are numbers
     separated by commas, and ``float | tuple[float, float]`` is one number or several.
-
-    Raises:
-        ValueError: if the word has another form. The message begins with ``name``.
     """
     if isinstance(form, Word) and form.parse is not None:
         return form.parse(name, text)

@@ -90,12 +90,7 @@ class RunFlags(NewRunFlags):
     config: Annotated[Path, Word("FILE")] | None = None
 
     def read(self, stage: Stage, overrides: Sequence[str]) -> Recipe:
-        """Reads the recipe from its files, or with ``config`` from an earlier run.
-
-        Raises:
-            ValueError: if a file or a flag is wrong.
-            FileNotFoundError: if there is no recipe with a given name.
-        """
+        """Reads the recipe from its files, or with ``config`` from an earlier run."""
         if self.config is None:
             return super().read(stage, overrides)
         if self.recipe:
@@ -213,9 +208,6 @@ def check_one_of(*, required: bool = False, **flags: object) -> None:
     Args:
         required: True if one must be given.
         flags: Value of each flag by its name.
-
-    Raises:
-        ValueError: if two are given, or none is given that must be.
     """
     names = [flag_of(name) for name, value in flags.items() if value is not None and value is not False]
     if len(names) > 1:

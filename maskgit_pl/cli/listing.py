@@ -152,11 +152,7 @@ def recipes_schema(kind: Kind) -> None:
 
 
 def _recipe_files(name: str) -> dict[str, Path]:
-    """Returns the file of each kind that has a recipe of this name.
-
-    Raises:
-        FileNotFoundError: if there is none. The message lists the names and the closest one.
-    """
+    """Returns the file of each kind that has a recipe of this name."""
     recipes = {kind: recipe.list_recipes(kind) for kind in _KINDS}
     if name not in (names := set().union(*recipes.values())):
         raise FileNotFoundError(f"recipe {name!r}: no such recipe: {nearest(name, names)}")

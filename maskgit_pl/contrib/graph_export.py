@@ -80,12 +80,6 @@ def export_graphs(
 
     Returns:
         The content of ``export.json``.
-
-    Raises:
-        FileNotFoundError: if there is no such model.
-        FileExistsError: if ``out`` has files, and ``replace`` is False or not all are of an earlier export.
-        ValueError: if ``out`` cannot be replaced, a package is missing, a network cannot be exported, or a
-            file computes something else than ours.
     """
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None] if kind == "onnx" else []
     if missing:
@@ -122,9 +116,6 @@ def compare_graph(graph: Graph, file: Path, kind: Format) -> float:
     """Returns the largest difference between a file and the graph on random inputs of 1 and 3 images.
 
     It is the largest absolute difference of floats, or the fraction of other tokens.
-
-    Raises:
-        ValueError: if it is above the tolerance of the graph or not a number, or shape or dtype differ.
     """
     call, largest = load_graph(graph, file, kind), 0.0
     for batch in _COMPARED_BATCHES:
@@ -316,9 +307,6 @@ def write_graph(graph: Graph, file: Path, kind: Format) -> None:
         graph: Graph to write.
         file: File to write, with the suffix of the format.
         kind: Format.
-
-    Raises:
-        ValueError: if ``torch.export`` or the ONNX exporter cannot translate the network.
     """
     with _quiet(), torch.no_grad():
         try:

@@ -91,10 +91,6 @@ def inspect_run(
 
     Returns:
         The written file.
-
-    Raises:
-        FileNotFoundError: if the folder holds no stage, or the data do not exist.
-        ValueError: if a recipe or a pretrained folder is invalid, a number is out of range, or there is no such device.
     """
     check_integer("num_images", num_images, "[1, inf)")
     device = find_device(device)

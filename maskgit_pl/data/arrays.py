@@ -13,13 +13,7 @@ from maskgit_pl.files import open_regular
 
 
 def map_array(path: Path, shape: tuple[int, ...], dtype: np.dtype[Any], *, hint: str) -> npt.NDArray[Any]:
-    """Maps a ``.npy`` file of a known shape and type into memory, read-only.
-
-    Raises:
-        FileNotFoundError: if the file does not exist.
-        ValueError: if it is not a complete ``.npy`` file of plain values, or has another shape or type; ``hint`` is
-            the way to make it again.
-    """
+    """Maps a ``.npy`` file of a known shape and type into memory, read-only."""
     try:
         os.close(open_regular(path))  # rejects a FIFO or a device, which would block
         with np.errstate(over="raise"):  # NumPy only warns if the product of a shape overflows

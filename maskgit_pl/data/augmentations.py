@@ -192,9 +192,6 @@ def build_augmentations(specs: Sequence[str | Mapping[str, Any]] | None) -> Augm
 
     Args:
         specs: Names and mappings, ``data.augmentations``; None for the central crop only.
-
-    Raises:
-        ValueError: if a name or an argument is wrong, or a name occurs twice.
     """
     if specs is None:
         return CENTER

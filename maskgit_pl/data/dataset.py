@@ -66,12 +66,7 @@ class IndexedDataset(Dataset[Batch]):
         return len(cast("Sized", self.dataset))
 
     def __getitems__(self, positions: range) -> Batch:
-        """Returns the batch at some positions; content is (B, in_channels, H, W) uint8.
-
-        Raises:
-            TypeError: if an item has another form than those of ``dataset``.
-            ValueError: if a label is no class, or a vector is missing or not finite.
-        """
+        """Returns the batch at some positions; content is (B, in_channels, H, W) uint8."""
         rows = (InOrder(len(self)) if self.order is None else self.order)(positions)
         images, labels, vectors = list[Tensor](), list[int](), list[Tensor]()
         drawn, size = self._built.draw(rows.index, rows.epoch, seed=self.seed), height_width(self.image_size)

@@ -72,12 +72,7 @@ class _Part(NamedTuple):
 
 
 def read_image_file(path: str | Path, *, name: str) -> bytes:
-    """Returns the bytes of an image file, after a check of its type and its length.
-
-    Raises:
-        FileNotFoundError: if the file does not exist.
-        UnreadableImageError: if it is not a regular file, or larger than 256 MiB.
-    """
+    """Returns the bytes of an image file, after a check of its type and its length."""
     status = Path(path).stat()
     if not stat.S_ISREG(status.st_mode):  # reading a FIFO would block
         raise UnreadableImageError(f"image {name} must be a regular file", reason="not an image")
@@ -91,10 +86,6 @@ def open_image(data: bytes, name: str, *, header_only: bool = False) -> Image.Im
     """Opens a still image, all bytes of its file, with Pillow, which decodes the pixels when they are read.
 
     ``header_only`` leaves the pixels out.
-
-    Raises:
-        UnreadableImageError: if it is not a JPEG, PNG or WebP, is animated, damaged before its pixels or, in
-            PNG, within them, or has more than 64 million pixels or too many parts.
     """
     if not data:
         raise UnreadableImageError(f"image {name} is empty", reason="empty")
@@ -124,9 +115,6 @@ def check_complete(data: bytes, *, name: str) -> None:
     """Checks that an image whose header ``parse_image_header`` accepts is not truncated, without decoding it.
 
     PNG is checked by its chunks and their checksums, JPEG by its end marker, WebP by the length in its header.
-
-    Raises:
-        UnreadableImageError: if a part is missing or, in PNG, damaged.
     """
     if data.startswith(_PNG_MAGIC):
         chunks = list(_png_chunks(data))
@@ -188,9 +176,6 @@ def read_jpeg_head(data: bytes, name: str) -> tuple[bytes, int]:
 
     Returns:
         These bytes, and the position after the header of the first scan in ``data``, all bytes of the file.
-
-    Raises:
-        UnreadableImageError: if a limit is exceeded, or there is no scan.
     """
     kept: list[_Part] = []
     for marker in _jpeg_markers(data):  # 1.

@@ -59,11 +59,7 @@ class ImageHeader:
 
 
 def parse_image_header(data: bytes, *, name: str) -> ImageHeader:
-    """Reads format, size and channels of an image, all bytes of its file, without decoding pixels.
-
-    Raises:
-        UnreadableImageError: if it is not a still JPEG, PNG or WebP of at most 64 million pixels.
-    """
+    """Reads format, size and channels of an image, all bytes of its file, without decoding pixels."""
     image = open_image(data, name, header_only=True)
     width, height = image.size
     if _find_orientation(image) >= 5:
@@ -86,10 +82,6 @@ def decode_image(
 
     Returns:
         (channels, H, W) uint8, in most cases channels-last in memory.
-
-    Raises:
-        UnreadableImageError: if ``parse_image_header`` rejects the image, or its pixels cannot be decoded.
-            Damage of a JPEG is found where a code word is invalid, of a PNG by checksums; WebP has none.
     """
     colours = ""
     if data.startswith(JPEG_MAGIC):
@@ -122,9 +114,6 @@ def from_pil(image: Image.Image, *, channels: int, name: str, background: str = 
 
     Returns:
         (channels, H, W) uint8, channels-last in memory.
-
-    Raises:
-        UnreadableImageError: if it has more than 64 million pixels, or its file cannot be decoded.
     """
     check_size(image.height, image.width, name)
     with pil_errors(name):

@@ -42,9 +42,6 @@ def locate_shards(location: str) -> tuple[Path, list[Path]]:
     Args:
         location: A folder with tars in it or in its sub-folders; or a glob or brace expression of tars, such as
             ``data/{train,val}-{00000..00012}.tar``. The folder is then the part before the first wildcard.
-
-    Raises:
-        ValueError: if the place contains no tars.
     """
     folder = Path(location)
     if not os.path.isdir(location):  # Path.is_dir() raises an error for long names
@@ -68,9 +65,6 @@ def find_shards(folder: str | Path, pattern: str) -> list[Path]:
     Args:
         folder: The data folder.
         pattern: A glob with or without braces: ``train-*.tar``, ``{00000..00012}.tar``, ``{a,b}/*.tar``.
-
-    Raises:
-        ValueError: if the pattern names paths outside the folder, or an expansion of its braces matches no file.
     """
     folder, paths = Path(folder), set[Path]()
     for name in expand_braces(pattern, name="shard pattern"):
@@ -105,9 +99,6 @@ def split_shards(
 
     Returns:
         The shards of each split, and a phrase that tells how the splits were chosen.
-
-    Raises:
-        ValueError: if no shard is left for train.
     """
     # 1. val
     if val is not None:
@@ -181,10 +172,6 @@ def index_shards(
         lenient: True leaves out samples with a fault; False rejects them.
         workers: Number of processes; the result does not depend on it. None: one per core, fewer for little data.
         on_shard: Called with the split of each finished shard and the split's number of shards (for a progress bar).
-
-    Raises:
-        ValueError: if another process indexes the folder, or shards are damaged or, unless lenient, have
-            samples with a fault. The message lists all of them.
     """
     folder = Path(folder)
     if labels == "none":

@@ -93,9 +93,6 @@ class ImageBatches(Dataset[Batch]):
         """Fills a row (in_channels, H, W) with the first readable image at or after an index.
 
         Returns the number of unreadable ones.
-
-        Raises:
-            DataBudgetError: after ``MAX_IN_A_ROW`` unreadable ones, or all of the split.
         """
         count = len(self.reader)
         max_skipped = min(MAX_IN_A_ROW, count)
@@ -162,10 +159,6 @@ class UnreadableImages:
         """Counts the unreadable images of a batch: of samples drawn and their replacements, both (B,) int64.
 
         Every sample from the drawn one up to its replacement, which is excluded, is unreadable.
-
-        Raises:
-            DataBudgetError: if more different samples than are always allowed, and than the budget, are unreadable.
-                The message lists the images.
         """
         self.seen += len(index)
         row = np.flatnonzero(replacement >= 0)

@@ -180,12 +180,7 @@ def load_manifest(folder: str | Path, split: Split) -> Manifest:
 
 
 def load_manifests(folder: str | Path, splits: Sequence[Split] = ("train", "val")) -> dict[Split, Manifest]:
-    """Reads the manifests of some splits, and compares the files on disk with them; see ``check_shards``.
-
-    Raises:
-        FileNotFoundError: if the folder or a manifest is missing.
-        ValueError: if a manifest is invalid, or index or shards differ from it.
-    """
+    """Reads the manifests of some splits, and compares the files on disk with them; see ``check_shards``."""
     manifests = {split: load_manifest(folder, split) for split in splits}
     check_shards(manifests.values())
     return manifests
@@ -196,10 +191,6 @@ def check_shards(manifests: Collection[Manifest]) -> None:
 
     Compares the whole index, and length, first and last header of each shard, which is fast enough for the
     start of each run; ``maskgit data verify`` reads everything.
-
-    Raises:
-        FileNotFoundError: if an index is missing.
-        ValueError: if index or shards differ from a manifest.
     """
     if faults := [fault for manifest in manifests for fault in _faults(manifest)]:
         total, listed = sum(len(manifest.shards) for manifest in manifests), "\n  ".join(faults)
@@ -232,11 +223,7 @@ class ShardReader:
         return labels
 
     def read(self, index: int) -> bytes:
-        """Reads the bytes of a sample's image file; ``index`` is its number in the split, in [0, len(self)).
-
-        Raises:
-            DataChangedError: if the shard cannot be read, or has changed since its manifest was made.
-        """
+        """Reads the bytes of a sample's image file; ``index`` is its number in the split, in [0, len(self))."""
         shard, offset, size, _ = self.index[index].item()
         return self._pread(shard, size, offset)
 

@@ -111,9 +111,6 @@ class Labels:
         source: ``"cls"``: a ``.cls`` member with a decimal class number. ``"json:FIELD"``: that field of the
             ``.json`` member, a class number or a class name. ``"none"``: no labels; all images have class 0.
         classes: Class names; None if they are unknown, then any number below 100,000 is a class.
-
-    Raises:
-        ValueError: if ``source`` is none of these.
     """
 
     source: str = "cls"
@@ -129,11 +126,7 @@ class Labels:
         return None if self.source == "none" else self.source.partition(":")[0]
 
     def read(self, data: bytes, *, name: str) -> int:
-        """Reads a class number from the bytes of a ``.cls`` or ``.json`` member.
-
-        Raises:
-            ValueError: if the bytes are not a class.
-        """
+        """Reads a class number from the bytes of a ``.cls`` or ``.json`` member."""
         text = data if self.source == "cls" else self._read_field(data, name)
         match = _LABEL.fullmatch(text)  # unlike int(), rejects 1_000 and -1
         num_classes = MAX_CLASSES if self.classes is None else len(self.classes)
@@ -165,9 +158,6 @@ def number_classes(
         first_row: Labels, all int or all str, and the first row of each one for error messages.
         class_names: Class names from the user; None if they are not given.
         label_field: Column of the labels, for error messages.
-
-    Raises:
-        ValueError: if a label is not a class, or there are more than 100,000 classes.
     """
     limit = MAX_CLASSES if class_names is None else len(class_names)
     if all(isinstance(label, int) for label in first_row):
@@ -191,11 +181,7 @@ def number_classes(
 
 
 def check_class_lines(where: str, classes: Sequence[str]) -> None:
-    """Checks that the names of classes can be lines of a text file.
-
-    Raises:
-        ValueError: if a name is empty, comes twice, has a line break or control character, or is not UTF-8.
-    """
+    """Checks that the names of classes can be lines of a text file."""
     for name in classes:
         if not name or any(unicodedata.category(letter) in ("Cc", "Cs") for letter in name):
             raise ValueError(
@@ -211,9 +197,6 @@ def parse_class_names(text: str) -> list[str]:
 
     Args:
         text: Names separated by commas, or the path of a UTF-8 file with one name per line.
-
-    Raises:
-        ValueError: See ``check_class_lines``; or if the file is not text, or larger than 16 MiB.
     """
     if os.path.isfile(text):  # Path.is_file() raises an error if many names make a path that is too long
         lines = read_text(Path(text), max_bytes=_MAX_NAMES_BYTES).splitlines()

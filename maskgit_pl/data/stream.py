@@ -104,11 +104,7 @@ class StreamBatches(Dataset[Batch]):
         self._samples: Iterator[tuple[Tensor, int]] | None = None
 
     def __getitems__(self, positions: range) -> Batch:
-        """Returns the next samples of this worker, in the rows of the given positions.
-
-        Raises:
-            ValueError: if a shard cannot be read, a sample has no image or label, or the worker has no samples.
-        """
+        """Returns the next samples of this worker, in the rows of the given positions."""
         if self._samples is None:  # in the worker
             self._samples = self._read_samples() if self.shards else iter(())
         position = torch.arange(positions.start, positions.stop)

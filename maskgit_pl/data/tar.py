@@ -47,9 +47,6 @@ def read_members(descriptor: int) -> Iterator[Member]:
 
     Args:
         descriptor: Descriptor of the open file; its position is not used.
-
-    Raises:
-        DamagedTarError: if the file is compressed or empty, a header is damaged, or the file is truncated.
     """
     length = os.fstat(descriptor).st_size
     if not length:

@@ -41,11 +41,7 @@ _MAX_DESCRIPTION_BYTES = 2**25  # most of it class names
 
 @dataclass(frozen=True)
 class StoreDescription:
-    """The description of a store: its content and its origin.
-
-    Raises:
-        ValueError: if ``crops`` is out of range.
-    """
+    """The description of a store: its content and its origin."""
 
     grid: tuple[int, int]  # height and width of the token grid
     codebook_size: int  # K; tokens lie in [0, K)
@@ -118,9 +114,6 @@ def check_origin(description: StoreDescription, folder: str | Path | None, **ori
         description: The store's description.
         folder: The folder, for the message.
         origin: Fields of ``StoreDescription`` by their names, with the expected values; None accepts any value.
-
-    Raises:
-        ValueError: if the store has other values; all of them are listed.
     """
     foreign = [
         f"its {name.replace('_', ' ')} must be {_format_value(expected)}, got {_format_value(actual)}"
@@ -145,10 +138,6 @@ def open_store(folder: str | Path, **origin: object) -> dict[Split, TokenReader]
     Args:
         folder: The store.
         origin: See ``check_origin``.
-
-    Raises:
-        FileNotFoundError: if there is no finished store, or an array is missing.
-        ValueError: if the store has another origin, or an array has another shape, type or hash.
     """
     description = read_description(folder)
     check_origin(description, folder, **origin)

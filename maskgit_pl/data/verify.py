@@ -59,10 +59,6 @@ def verify_shards(
         decode: True also decodes every image, unless an index is damaged.
         workers: Number of processes; each verifies one shard at a time. None: one per core, fewer for little data.
         on_shard: Called with the split of each finished shard and the split's number of shards (for a progress bar).
-
-    Raises:
-        FileNotFoundError: if the folder or the manifest is missing.
-        ValueError: if a manifest is invalid.
     """
     folder = Path(folder)
     manifests = {split: load_manifest(folder, split) for split in splits_of(folder)}

@@ -68,9 +68,6 @@ def make_shards(
 
     Returns:
         False if the folder already holds the result, True if it was written.
-
-    Raises:
-        ValueError: if the folder has other content or cannot be written, or images cannot be read without ``lenient``.
     """
     folder = Path(folder)
     workers = choose_workers(workers, work=sum(source.counts.values()) / _SAMPLES)
@@ -195,11 +192,7 @@ def _read_samples(plan: _Plan, job: _Job, left_out: list[str]) -> Iterator[Sampl
 
 
 def _list_left_out(plan: _Plan, *, lenient: bool) -> None:
-    """Joins the lists of unreadable images of all shards into one file.
-
-    Raises:
-        ValueError: if there are unreadable images and ``lenient`` is False, or a split has no readable images.
-    """
+    """Joins the lists of unreadable images of all shards into one file."""
     jobs = plan.jobs()
     paths = [path for job in jobs if (path := plan.left_out(job)).exists()]
     lines = [line for path in paths for line in path.read_bytes().decode().split("\n")[:-1]]

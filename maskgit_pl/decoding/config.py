@@ -170,9 +170,6 @@ def set_specs(config: object, **registries: Registry[Any]) -> None:
     Args:
         config: Dataclass whose field is a name, a mapping, an object of a registered class, or None.
         registries: Registry of the names of each field.
-
-    Raises:
-        ValueError: if a class is not registered.
     """
     for name, registry in registries.items():
         if getattr(config, name) is not None:

@@ -28,11 +28,7 @@ class GuidanceSchedule(ABC):
 
 
 def _check_guidance_schedule(name: str, schedule: GuidanceSchedule) -> None:
-    """Checks that a schedule has scales in [0, 10000] at 257 values of progress from 0 to 1.
-
-    Raises:
-        ValueError: if it does not. The message has the name, the rule and the value.
-    """
+    """Checks that a schedule has scales in [0, 10000] at 257 values of progress from 0 to 1."""
     for point in range(_CHECKED_POINTS):
         progress = point / (_CHECKED_POINTS - 1)
         check_number(f"guidance schedule {name!r}: the scale at progress {progress:g}", schedule(progress), _SCALES)
@@ -54,9 +50,6 @@ def check_guidance(scales: Sequence[float], *, has_negative_class: bool) -> None
     Args:
         scales: Guidance scale of each step, >= 0.
         has_negative_class: True if the model has a null class, or negative classes are named.
-
-    Raises:
-        ValueError: if a scale is positive and ``has_negative_class`` is False.
     """
     if not has_negative_class and any(scale > 0 for scale in scales):
         raise ValueError(

@@ -277,9 +277,6 @@ def build_class_predictor(
         scales: Guidance scale of each call, >= 0; empty for no guidance.
         all_masked: True if all tokens start masked. Images of a class then share the logits of the first
             call, unless each has a vector (``ConditionalModel.bind``).
-
-    Raises:
-        ValueError: if a scale is positive and there is no class to push images away from.
     """
     negative_labels = model.fill_negative_labels(negative_labels, labels)
     check_guidance(scales, has_negative_class=negative_labels is not None)
@@ -331,9 +328,6 @@ def check_condition_vectors(
 
     Returns:
         (n, C) float32, zeros if all labels are the null label; None for a network without vectors.
-
-    Raises:
-        ValueError: if vectors are missing or not wanted, have another shape, are not finite, or would all be hidden.
     """
     if not condition_dim:
         if vectors is not None:

@@ -48,9 +48,6 @@ class Acceptance:
         rate: Fraction of the candidates of a class that is kept, in (0, 1].
         classifier: Classifier whose probability of the requested class ranks the candidates.
         name: Name of the classifier for records and messages, such as its folder.
-
-    Raises:
-        ValueError: if ``rate`` is out of range.
     """
 
     rate: float
@@ -62,12 +59,7 @@ class Acceptance:
 
     @classmethod
     def load(cls, folder: Path | str, rate: float, *, device: torch.device | str = "cpu") -> Acceptance:
-        """Reads the classifier of a folder that ``maskgit train-classifier`` or an evaluation wrote.
-
-        Raises:
-            FileNotFoundError: if there are no weights.
-            ValueError: if the folder holds no classifier. See also the class.
-        """
+        """Reads the classifier of a folder that ``maskgit train-classifier`` or an evaluation wrote."""
         return cls(rate, load_classifier(Path(folder)).to(device), str(folder))
 
     @cached_property
@@ -81,9 +73,6 @@ class Acceptance:
         Args:
             class_names: Classes of the model, which must be those of the classifier, in the same order.
             labels: Labels of the images, which must not be "no class".
-
-        Raises:
-            ValueError: if a class is not one of the classifier.
         """
         if tuple(class_names) != self.classifier.class_names:
             raise ValueError(
@@ -95,11 +84,7 @@ class Acceptance:
             raise ValueError("classes must not be None with accept_rate, which ranks by the class; name a class")
 
     def num_candidates(self, num_images: int, num_classes: int) -> int:
-        """Returns how many candidates of all classes are generated to keep ``num_images`` of them.
-
-        Raises:
-            ValueError: if ``num_images`` is not a multiple of ``num_classes``.
-        """
+        """Returns how many candidates of all classes are generated to keep ``num_images`` of them."""
         count, rest = divmod(num_images, num_classes)
         if rest:
             raise ValueError(
@@ -147,11 +132,6 @@ def generate_accepted(
 
     Returns:
         The result of ``generate_many`` for the candidates.
-
-    Raises:
-        ValueError: if the classifier has other classes, ``num_images`` is not a multiple of the number of
-            classes, or for a reason of ``generate_many``.
-        FileExistsError: if the file was not written by this function.
     """
     file = Path(file)
     plan = make_plan(pipe, options)

@@ -243,10 +243,6 @@ def obtain_classifier(
         replaces: True to replace another classifier, as in a default folder; never another model.
         on_step: Called after each training step.
         device: See ``fit_classifier``.
-
-    Raises:
-        FileExistsError: if the folder holds anything else.
-        ValueError: if timm has no such network, or a stored file is damaged.
     """
 
     def train() -> None:
@@ -277,10 +273,6 @@ def find_classifier(folder: Path, data: ShardData) -> Path:
     Args:
         folder: Folder of the classifier, e.g. ``runs/DATA-classifier/small``.
         data: The real images. The classifier must have their fingerprint, classes, image size and channels.
-
-    Raises:
-        FileNotFoundError: if there is none. The message names the command that trains it.
-        ValueError: if the configuration in the folder cannot be read.
     """
     for place in (folder, _SHIPPED):
         file = place / CONFIG_FILE

@@ -129,10 +129,6 @@ def open_extractors(
     """Opens feature networks: names or mappings.
 
     ``classifier`` is the folder that the name ``classifier`` stands for; see ``find_classifier``.
-
-    Raises:
-        FileNotFoundError: if there is no classifier of the data; the message names the command that trains it.
-        ValueError: if a network is unknown, its weights are missing, or their SHA-256 does not match.
     """
     specs = [
         ClassifierSpec(str(find_classifier(classifier, data))) if each == CLASSIFIER else parse_feature_network(each)

@@ -90,11 +90,7 @@ def draw_schedules(schedules: Mapping[str, MaskSchedule], *, num_tokens: int) ->
 
 
 def count_known_tokens(schedule: MaskSchedule, *, num_tokens: int, num_steps: int) -> list[int]:
-    """Counts the tokens of an image that are known after each of T decoding steps, T in [1, N].
-
-    Raises:
-        ValueError: if ``num_steps`` is out of range.
-    """
+    """Counts the tokens of an image that are known after each of T decoding steps, T in [1, N]."""
     # The counts come from the decoder itself, so that the table shows what decoding does.
     decoder = ParallelDecoder(schedule, token_selectors.build("confidence"), num_steps=num_steps)
     return [num_tokens - step.after[0] for step in decoder.plan([num_tokens], num_tokens)]

@@ -65,9 +65,6 @@ def find_run(run: Path | str, *, data: Path | None = None) -> RunFolders:
         run: Run folder, pretrained folder, or the name of a model in the package, whose results are written
             to ``runs/NAME``.
         data: Data folder; None for the data that the run was trained on.
-
-    Raises:
-        FileNotFoundError: if the run or the data do not exist, or the run does not record its data.
     """
     return _folders(local_folder(run), data)
 
@@ -76,9 +73,6 @@ def find_tokenizer_folders(folder: Path | str, *, data: Path | None = None) -> R
     """Finds the folders of a tokenizer, which needs no transformer beside it; see ``find_run``.
 
     ``folder`` may also be the folder of the tokenizer itself.
-
-    Raises:
-        FileNotFoundError: if there is no tokenizer, or for a reason of ``find_run``.
     """
     path = Path(folder)
     if str(folder) in bundled_models() and not path.is_dir():

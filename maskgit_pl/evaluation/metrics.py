@@ -207,11 +207,7 @@ def compute_metrics(chosen: Mapping[str, FeatureMetric], images: ComparedImages)
 
 
 def tuning_column(metric: str) -> str:
-    """Returns the column of a metric in the features of the data's classifier, such as ``fid/classifier``.
-
-    Raises:
-        ValueError: if no such metric is computed from features.
-    """
+    """Returns the column of a metric in the features of the data's classifier, such as ``fid/classifier``."""
     computed = computed_metrics()
     check_choice("metric", metric, list(computed))
     return f"{metric}/{CLASSIFIER}" if computed[metric].of_network else metric

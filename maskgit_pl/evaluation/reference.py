@@ -67,9 +67,6 @@ class ArrayFile:
     Args:
         path: Path of the file.
         thing: Kind of the file for error messages, e.g. ``"reference"``.
-
-    Raises:
-        ValueError: if the file is missing, damaged, not an ``.npz`` file, or holds more than 100 arrays.
     """
 
     def __init__(self, path: Path | str, *, thing: str) -> None:
@@ -97,9 +94,6 @@ class ArrayFile:
             name: Name of the array, without ``.npy``.
             shape: Required shape; None stands for any size >= 1.
             numbers: Required kind of numbers, such as ``np.uint8``, or ``np.floating`` for any precision.
-
-        Raises:
-            ValueError: if the array is missing or damaged, or has another shape or dtype.
         """
         if name not in self._members:
             raise self.error(name, f"it is missing; the file holds {', '.join(map(printable, self._members))}")
@@ -165,11 +159,7 @@ class SampleFile:
 
 
 def open_samples(file: ArrayFile | Path | str, *, channels: int = 3) -> SampleFile:
-    """Opens the images of a file, and their labels if there are any.
-
-    Raises:
-        ValueError: if there are no images, or an array has another shape or dtype than the layout.
-    """
+    """Opens the images of a file, and their labels if there are any."""
     arrays = file if isinstance(file, ArrayFile) else ArrayFile(file, thing="samples")
     images = arrays.read("arr_0", (None, None, None, 3), np.uint8)
     labels = None
@@ -279,9 +269,6 @@ def read_references(
         extractors: Networks with different labels.
         folder: Folder that keeps the features of the file's images.
         on_images: Called after each batch with its number of images.
-
-    Raises:
-        ValueError: if the file is missing, damaged or has another layout, or lacks the arrays that a network needs.
     """
     file = ArrayFile(path, thing="reference")
     origin = {"digest": sha256_of(file.path), "file": file.path.name}

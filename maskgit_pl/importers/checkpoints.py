@@ -62,10 +62,6 @@ def read_checkpoint(file: Path) -> dict[str, Any]:
 
     Returns:
         The state dict without the prefixes of wrappers, with values of any type.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it is of another format, damaged, or holds a Python object or a name that is no text.
     """
     kind = _check_format(file, "a file of torch.save or of safetensors", "zip", "pickle", "safetensors")
     with name_file(file):
@@ -78,11 +74,7 @@ def read_checkpoint(file: Path) -> dict[str, Any]:
 
 
 def remove_wrappers(state: Mapping[Any, Any]) -> dict[str, Any]:
-    """Returns a state dict by the names of the network itself, without those of DDP, FSDP and ``torch.compile``.
-
-    Raises:
-        ValueError: if a name is no text.
-    """
+    """Returns a state dict by the names of the network itself, without those of DDP, FSDP and ``torch.compile``."""
     unwrapped: dict[str, Any] = {}
     for name, value in state.items():
         if not isinstance(name, str):
@@ -100,9 +92,6 @@ def select_tensors(contents: Mapping[str, Any], others: Sequence[str] = ()) -> d
     Args:
         contents: State dict.
         others: Names of entries that are not part of the network; a name that ends in a dot is a beginning.
-
-    Raises:
-        ValueError: if another entry is no tensor.
     """
     # Only these are left out: an unknown tensor means another network.
     beginnings = tuple(name for name in others if name.endswith("."))
@@ -116,11 +105,7 @@ def select_tensors(contents: Mapping[str, Any], others: Sequence[str] = ()) -> d
 
 
 def check_weights(tensors: Mapping[str, Tensor], size: int) -> None:
-    """Checks that tensors hold finite floating point numbers, and not more of them than a file of ``size`` bytes.
-
-    Raises:
-        ValueError: see ``weights.check_held`` and ``weights.check_tensor``.
-    """
+    """Checks that tensors hold finite floating point numbers, and not more of them than a file of ``size`` bytes."""
     check_held(tensors, size)  # before all of a tensor is read
     for name, tensor in tensors.items():
         check_tensor(name, tensor)
@@ -150,10 +135,6 @@ def _check_format(path: Path, description: str, *accepted: str) -> str:
         path: Path of the file.
         description: The accepted files, for the error.
         accepted: Names of the accepted formats.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it is a folder, an empty file, or of another format.
     """
     rule = f"checkpoint {path} must be {description}"
     if path.is_dir():
@@ -180,11 +161,6 @@ def read_flax(path: Path) -> dict[str, Array]:
     Returns:
         Arrays by their path in the tree, such as ``params/Embed_0/word_embeddings/embedding``. Numbers become
         arrays without dimensions; None and empty maps are dropped.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it is of another format, is cut off or damaged, or claims more than it holds; or if the
-            package msgpack is not installed.
 
     Source: flax, serialization.py.
     """

@@ -72,9 +72,6 @@ def convert(
 
     Returns:
         float32 tensors by our names. They share memory with ``tensors`` where nothing had to change.
-
-    Raises:
-        ValueError: if a tensor is missing, superfluous or of another shape.
     """
     rules = [rule for rule in rules if rule.ours in shapes]
     check_shapes(tensors, {name: shape for rule in rules for name, shape in _their_shapes(rule, shapes, axes)})
@@ -94,11 +91,7 @@ def count_numbers(names: Iterable[str], prefix: str) -> int:
 
 
 def shape_of(tensors: Mapping[str, Any], name: str, axes: int = 2) -> tuple[int, ...]:
-    """Returns the shape of a tensor from which a size is read.
-
-    Raises:
-        ValueError: if there is no such tensor, or it has another number of axes or no element.
-    """
+    """Returns the shape of a tensor from which a size is read."""
     if name not in tensors:
         raise ValueError(f"tensors are missing: {name}, which tells a size of the network")
     shape = tuple(tensors[name].shape)
@@ -108,11 +101,7 @@ def shape_of(tensors: Mapping[str, Any], name: str, axes: int = 2) -> tuple[int,
 
 
 def read_widths(channels: int, widths: list[int]) -> tuple[int, ...]:
-    """Returns the channels of each level as multiples of those of the first convolution.
-
-    Raises:
-        ValueError: if there is no level, or a level is no multiple.
-    """
+    """Returns the channels of each level as multiples of those of the first convolution."""
     if not widths or any(width % channels for width in widths):
         raise ValueError(
             f"channels of each level must be multiples of the first convolution's {channels}, got {widths}"
@@ -198,12 +187,7 @@ class Imported:
 
 
 def write_import(imported: Imported) -> Imported:
-    """Writes a pretrained folder, which appears when all of it is complete, and returns its description.
-
-    Raises:
-        ValueError: if ``image_size`` is not a multiple of the tokenizer's downsampling factor.
-        FileExistsError: see ``check_out``.
-    """
+    """Writes a pretrained folder, which appears when all of it is complete, and returns its description."""
     imported.tokenizer.grid(imported.image_size)
     with write_folder(imported.folder, name="--out", check=check_out) as fresh:
         tokenizer, transformer = fresh / "tokenizer", imported.transformer
@@ -215,12 +199,7 @@ def write_import(imported: Imported) -> Imported:
 
 
 def check_out(folder: Path) -> None:
-    """Checks that an import can write a folder without overwriting anything: transformers may depend on what is there.
-
-    Raises:
-        FileExistsError: if it exists, unless it is an empty folder.
-        ValueError: if it cannot be written (``folders.resolve_folder``).
-    """
+    """Checks that an import can write a folder without overwriting anything: transformers may depend on what is there."""
     if folder.is_symlink() or has_content(folder) or (folder.exists() and not folder.is_dir()):
         raise FileExistsError(
             f"import {folder} must be a new or empty folder, got one with content; name another with --out"

@@ -99,11 +99,6 @@ def import_jax(
         out: Folder to make.
         transformer: Checkpoint such as ``maskgit_imagenet256_checkpoint``, trained on this tokenizer's tokens.
         image_size: Side of the images in pixels. With a transformer it follows from its grid.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if a file is of another kind or damaged, or parts do not belong together.
-        FileExistsError: if ``out`` exists.
     """
     check_out(out)
     with name_file(tokenizer):
@@ -136,9 +131,6 @@ def transformer_config(arrays: Arrays, *, codebook_size: int) -> TransformerConf
 
     Returns:
         The sizes, with the released dropout of 0.1 and without a null class.
-
-    Raises:
-        ValueError: if it is not a transformer of the released code, or not of this tokenizer.
     """
     _check_kind(arrays, "transformer")
     vocabulary_size, embed_dim = shape_of(arrays, _MARKS["transformer"])
@@ -173,9 +165,6 @@ def transformer_weights(arrays: Arrays, config: TransformerConfig) -> dict[str, 
 
     Returns:
         State dict of a ``MaskedTransformer`` of ``config``, float32.
-
-    Raises:
-        ValueError: if an array is missing, superfluous or of another shape, or does not hold finite numbers.
     """
     rules, shapes = number_rules(_TRANSFORMER, config.depth), shapes_of(config.create)
     return convert(_tensors(arrays), rules, shapes, heads=config.num_heads)
@@ -187,9 +176,6 @@ def tokenizer_config(arrays: Arrays, *, activation: Activation = "swish") -> VQG
     Args:
         arrays: Result of ``parameters``.
         activation: Activation of its blocks, which no array shows.
-
-    Raises:
-        ValueError: if it is not a tokenizer of the released code.
     """
     _check_kind(arrays, "tokenizer")
     _, _, in_channels, channels = shape_of(arrays, "encoder/Conv_0/kernel", axes=4)

@@ -119,11 +119,7 @@ class TokenizerLayout:
         return all(any(name.startswith(mark) for name in tensors) for mark in self.marks)
 
     def read_config(self, tensors: Mapping[str, Tensor], *, num_groups: int = _GROUPS) -> VQGANConfig:
-        """Reads the sizes of the network off the shapes of its tensors.
-
-        Raises:
-            ValueError: if a tensor is missing, or sizes do not make a network.
-        """
+        """Reads the sizes of the network off the shapes of its tensors."""
         levels = [f"{self.encoder}.{level}" for level in range(count_numbers(tensors, f"{self.encoder}."))]
         channels, in_channels, _, _ = shape_of(tensors, "encoder.conv_in.weight", axes=4)
         widths = [shape_of(tensors, f"{level}.{self.block}.0.conv1.weight", axes=4)[0] for level in levels]
@@ -163,11 +159,7 @@ class TokenizerLayout:
         )
 
     def convert(self, tensors: Mapping[str, Tensor], config: VQGANConfig) -> dict[str, Tensor]:
-        """Converts prepared tensors to the state dict of our ``VQGAN``, float32.
-
-        Raises:
-            ValueError: if a tensor is missing, superfluous, or of another shape.
-        """
+        """Converts prepared tensors to the state dict of our ``VQGAN``, float32."""
         shapes = shapes_of(partial(VQGAN, config))
         return self.finish(convert(tensors, self.rules(config, shapes), shapes))
 
@@ -403,11 +395,6 @@ def import_tokenizer(
         out: Pretrained folder to make.
         image_size: Side, or (height, width), of the images that it will encode, in pixels.
         layout: Name of the layout, such as ``IBQ``; by default the one that the names of the tensors tell.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        FileExistsError: if ``out`` exists.
-        ValueError: if it is no such tokenizer, or its downsampling factor does not divide the size.
     """
     # 1.
     check_out(out)
@@ -441,9 +428,6 @@ def tokenizer_layout_of(tensors: Mapping[str, Any], name: str | None = None) -> 
         tensors: State dict of a tokenizer, perhaps with other entries.
         name: Name of the layout, or None. The names of IBQ and taming-transformers are the same, but not the code that
             they choose, so that averaged weights, which IBQ writes and taming-transformers does not, ask for it.
-
-    Raises:
-        ValueError: if it has none of the layouts, not the named one, or two.
     """
     fitting = {layout.name: layout for layout in LAYOUTS if layout.is_of(tensors)}
     if not fitting:

@@ -67,12 +67,6 @@ def import_transformer(
         out: Pretrained folder to make.
         tokenizer: Folder of its tokenizer, or a pretrained folder that holds one, as ``import_tokenizer`` writes it.
         num_heads: Number of attention heads; by default that of the published network of this size.
-
-    Raises:
-        FileNotFoundError: if a file or folder is missing.
-        FileExistsError: if ``out`` exists.
-        ValueError: if the file is no such transformer, describes more than it holds, has non-finite numbers,
-            or its tokenizer has another codebook.
     """
     # 1.
     check_out(out)
@@ -136,9 +130,6 @@ def read_config(tensors: Mapping[str, Tensor], num_heads: int | None = None) -> 
     Args:
         tensors: Tensors by their names in the file.
         num_heads: Number of attention heads, which no shape tells; None for that of the published network of this size.
-
-    Raises:
-        ValueError: if the user names no number of heads, and no published network has this size.
     """
     rows, embed_dim = shape_of(tensors, "tok_emb.weight")
     side = math.isqrt(shape_of(tensors, "pos_emb.weight")[0])
@@ -170,9 +161,6 @@ def convert_weights(tensors: Mapping[str, Tensor], config: AdaLNConfig) -> dict[
     """Converts the tensors to the state dict of our ``AdaLNTransformer`` of these sizes, float32.
 
     The norms of our ``adaln`` backbone have no weights, so that the modulations take them.
-
-    Raises:
-        ValueError: if a tensor is missing, superfluous, or of another shape.
     """
     rules = number_rules(_RULES, config.depth)
     norms = {rule.ours: (config.embed_dim,) for rule in rules if "norm" in rule.ours}

@@ -120,9 +120,6 @@ class ClassifierSizes:
         num_classes: Number of classes.
         model: ``"small"``, or the name of a model in timm, such as ``resnet50``.
         width: Channels of the small network's first convolution; the next has twice, all others four times as many.
-
-    Raises:
-        ValueError: if a number is out of range, or timm has no such model.
     """
 
     in_channels: int
@@ -240,10 +237,6 @@ def load_classifier(folder: Path) -> FrozenClassifier:
 
     Args:
         folder: Folder with ``config.json`` and ``model.safetensors``, such as ``runs/RUN/classifier``.
-
-    Raises:
-        ValueError: if a file is missing, of another kind or version, a value is out of range, or the weights
-            do not fit or are non-finite.
     """
     sizes, class_names = _read_config(folder)
     file = folder / WEIGHT_FILE
@@ -272,11 +265,7 @@ def check_model(name: str) -> None:
 
 
 def check_timm_model(what: str, name: str, *, others: tuple[str, ...] = ()) -> None:
-    """Checks that timm has a model of a name.
-
-    Raises:
-        ValueError: if it has not. The message has the nearest name, also of ``others``.
-    """
+    """Checks that timm has a model of a name."""
     import timm  # takes half a second, which most runs need not spend
 
     if not timm.is_model(name):

@@ -48,9 +48,6 @@ class DiscriminatorSpec(Protocol):
         Args:
             in_channels: Channels of an image.
             image_size: Side of square images, or (height, width), in pixels.
-
-        Raises:
-            ValueError: if the network does not support images of this size.
         """
         ...
 
@@ -217,11 +214,7 @@ class PatchDiscriminatorConfig:
         return tuple(self.base_channels * min(2**layer, _MAX_MULTIPLIER) for layer in range(self.num_layers + 1))
 
     def create(self, *, in_channels: int, image_size: ImageSize) -> nn.Module:
-        """Builds the network, whose map of logits has the sides (side of the image >> num_layers) - 2.
-
-        Raises:
-            ValueError: if the images are too small for ``num_layers``.
-        """
+        """Builds the network, whose map of logits has the sides (side of the image >> num_layers) - 2."""
         side = min(height_width(image_size))
         if side >> self.num_layers < 3:
             raise ValueError(

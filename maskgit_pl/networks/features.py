@@ -166,9 +166,6 @@ class TimmSpec:
         weights: Path of a state dict, ``.safetensors`` or a file that ``torch.load(weights_only=True)`` reads.
         size: Side in pixels to which images are resized, in [1, 4096].
         knows_classes: True if its classes are those of the images, so that an inception score is meaningful.
-
-    Raises:
-        ValueError: if timm has no such model, or the size is out of range.
     """
 
     model: str
@@ -244,9 +241,6 @@ def parse_feature_network(text: str | Mapping[str, Any]) -> FeatureNetworkSpec:
     Args:
         text: Registered name such as ``lite0``, also with a path: ``inception=FILE``, ``timm:MODEL=FILE`` or
             ``classifier=FOLDER``; or a mapping with ``name`` and arguments.
-
-    Raises:
-        ValueError: if the name is unknown, or a part is missing or too many.
     """
     if not isinstance(text, str):
         return feature_networks.build(text)
@@ -301,9 +295,6 @@ def build_perceptual(spec: str | Mapping[str, Any]) -> PerceptualSpec | FeatureN
     """Builds the spec of a perceptual distance, or of the feature network of that name.
 
     ``spec`` is a name, or a mapping with the key ``name`` and arguments.
-
-    Raises:
-        ValueError: if the name or an argument is unknown or wrong.
     """
     name = spec.get("name") if isinstance(spec, Mapping) else spec
     if name in perceptual_networks.names():
@@ -315,11 +306,7 @@ def build_perceptual(spec: str | Mapping[str, Any]) -> PerceptualSpec | FeatureN
 
 
 def create_distance(spec: str | Mapping[str, Any]) -> nn.Module:
-    """Builds the frozen module of a perceptual distance: two (B, C, H, W) float images in [0, 1] to (B,) float32.
-
-    Raises:
-        ValueError: if its weights cannot be read.
-    """
+    """Builds the frozen module of a perceptual distance: two (B, C, H, W) float images in [0, 1] to (B,) float32."""
     built = build_perceptual(spec)
     is_feature_network = hasattr(built, "knows_classes")
     return LogitDistance(built.create()) if is_feature_network else built.create()

@@ -93,10 +93,6 @@ class VQGANConfig:
         signed_images: True: images are in [-1, 1] inside; False: in [0, 1], as the tokenizer of aMUSEd needs;
             layout ``taming`` only.
 
-    Raises:
-        ValueError: if a size is out of range, ``num_groups`` does not divide the channels of a level, the quantizer
-            does not fit ``codebook_size`` and ``code_dim``, or the layout does not support a value.
-
     Source: released code, config and modules of the 256 and 512 px tokenizer; ``taming``: CompVis/taming-transformers,
     modules/diffusionmodules/model.py, and FoundationVision/LlamaGen, tokenizer/tokenizer_image/vq_model.py;
     ``magvit2``: arXiv:2409.04410, TencentARC/Open-MAGVIT2, modules/diffusionmodules/improved_model.py.
@@ -200,10 +196,6 @@ class VQGANConfig:
 
         Args:
             image_size: Side of a square image, or (height, width), in pixels.
-
-        Raises:
-            ValueError: if the size is not a positive multiple of ``patch_size`` or, in layouts ``taming`` and
-                ``magvit2``, of the downsampling factor: their strides would drop the remaining pixels.
         """
         name, unit = "patch_size" if self.layout == "maskgit" else "the downsampling factor", self.side_unit
         height, width = height_width(image_size)
@@ -292,11 +284,7 @@ class Encoder(nn.Module):
         self.projection = conv(config.head_channels, config.code_dim, 1, bias=True) if is_taming else nn.Identity()
 
     def forward(self, images: Tensor) -> Tensor:
-        """Returns the features (B, D, h, w) of images (B, C, H, W) float in [0, 1].
-
-        Raises:
-            ValueError: if H or W is not a multiple of the downsampling factor, in layouts ``taming`` and ``magvit2``.
-        """
+        """Returns the features (B, D, h, w) of images (B, C, H, W) float in [0, 1]."""
         config = self.config
         if config.layout != "maskgit":  # whose strides pad, and drop no pixels
             config.grid((images.shape[-2], images.shape[-1]))

@@ -46,12 +46,7 @@ _Network = TypeVar("_Network", bound=nn.Module)
 
 
 def open_tensors(file: Path) -> safe_open:
-    """Opens a safetensors file whose header is of a reasonable size.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if the header is larger than 8 MB, or the file is not safetensors or is cut off.
-    """
+    """Opens a safetensors file whose header is of a reasonable size."""
     if not file.is_file():
         raise FileNotFoundError(f"weights {file}: no such file")
     # The first 8 bytes are the length of the header. Checked here, since parsing a header of 100 MB takes 1 GB.
@@ -90,10 +85,6 @@ def read_weights(path: Path, *, thing: str, sha256: str = "") -> dict[str, Tenso
     Returns:
         Tensors by name, contiguous in memory of their own: the place and the strides of a weight change how
         products round.
-
-    Raises:
-        ValueError: if the file is missing, its sha256 differs, or it holds anything but tensors, or tensors
-            larger than itself.
     """
     if not path.is_file():
         raise ValueError(f"{thing} weights must be an existing file, got {path}")
@@ -129,10 +120,6 @@ def load_pickle(file: Path, name: str) -> Any:
 
     Returns:
         The content. ``check_held`` must pass before a tensor of it is copied.
-
-    Raises:
-        ValueError: if the file is damaged, holds another Python object, or is an archive that unpacks to more than its
-            own size.
     """
     try:
         is_archive = zipfile.is_zipfile(file)
@@ -167,11 +154,7 @@ class _Record:
 
 
 def _check_archive(file: Path) -> None:
-    """Checks that a zip archive of ``torch.save`` does not unpack to more than its own size.
-
-    Raises:
-        ValueError: if it is damaged, an entry is compressed, or the entries are too many or larger than the file.
-    """
+    """Checks that a zip archive of ``torch.save`` does not unpack to more than its own size."""
     try:
         with file.open("rb") as stream, open_zip(stream, max_entries=_MAX_ENTRIES) as archive:
             entries = archive.infolist()
@@ -218,9 +201,6 @@ def load_weights(network: nn.Module, weights: Mapping[str, Tensor], where: Path 
         weights: State dict of the network.
         where: File or folder of the weights, for the error.
         assign: True to use these tensors themselves, in the network's dtypes; False to copy their values.
-
-    Raises:
-        ValueError: if names, shapes or kinds of numbers differ, or a number is non-finite.
     """
     expected = network.state_dict()
     try:
@@ -236,11 +216,7 @@ def load_weights(network: nn.Module, weights: Mapping[str, Tensor], where: Path 
 
 
 def check_shapes(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Checks that tensors have exactly these names and shapes.
-
-    Raises:
-        ValueError: if not. The message names the first differences.
-    """
+    """Checks that tensors have exactly these names and shapes."""
     faults = [
         f"{name} must have shape {shape}, got {tuple(tensors[name].shape)}"
         for name, shape in shapes.items()
@@ -255,11 +231,7 @@ def check_shapes(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, 
 
 
 def check_tensor(name: str, tensor: Tensor) -> None:
-    """Checks that a tensor of weights holds finite floating point numbers.
-
-    Raises:
-        ValueError: if it does not. The message names the tensor.
-    """
+    """Checks that a tensor of weights holds finite floating point numbers."""
     if tensor.dtype not in _FLOATS:
         raise ValueError(
             f"tensor {shorten(name)} must be floating point (float16, bfloat16, float32, float64), got {tensor.dtype}"
@@ -283,10 +255,6 @@ def check_held(tensors: Mapping[str, Tensor], size: int) -> None:
     Args:
         tensors: Tensors by name.
         size: Size of the file in bytes.
-
-    Raises:
-        ValueError: if a tensor is larger than its storage or is not dense, or all of them together are larger
-            than the file.
     """
     total = 0
     for name, tensor in tensors.items():

@@ -54,9 +54,6 @@ class BulkOptions:
         rank: Index of this process in [0, world_size).
         world_size: Number of processes that share the work. They share a folder and need no network.
         decoding: Decoding settings; by default those of the model.
-
-    Raises:
-        ValueError: if a number is out of range.
     """
 
     num_images: int
@@ -103,9 +100,6 @@ class BulkPlan:
         tokenizer, transformer, negative_model: SHA-256 of the weights of each; None without a negative model.
         accept_rate: Fraction of the candidates that are kept; None without rejection sampling.
         classifier: SHA-256 of the classifier that ranks candidates; None without rejection sampling.
-
-    Raises:
-        ValueError: if a class is given twice, or there are too many classes for the file.
     """
 
     count: int
@@ -160,11 +154,6 @@ def generate_many(
         file: Path that ends in ``.npz``. The file appears when it is complete.
         options: The images, and the share of this process.
         on_images: Called after each batch with its number of images.
-
-    Raises:
-        ValueError: if a class is unknown, a decoding setting is wrong, the file holds images of other settings,
-            or there is too little disk space.
-        FileExistsError: if the file is not one of ``generate_many``.
     """
     file = Path(file)
     if file.suffix != ".npz":
@@ -216,12 +205,7 @@ def make_plan(pipe: MaskGIT, options: BulkOptions) -> BulkPlan:
 
 
 def is_finished(file: Path, plan: BulkPlan) -> bool:
-    """Returns True if a file exists and holds the images of a plan.
-
-    Raises:
-        FileExistsError: if the file was not written by ``generate_many``.
-        ValueError: if it holds images of another plan. The message lists each difference as ``key old -> new``.
-    """
+    """Returns True if a file exists and holds the images of a plan."""
     if not file.exists():
         return False
     try:

@@ -57,10 +57,6 @@ def write_card(folder: Path | str, *, known: Mapping[str, Any] | None = None) ->
 
     Returns:
         The content of ``config.json``.
-
-    Raises:
-        FileNotFoundError: if a stage is missing.
-        ValueError: if a file of the folder has another format.
     """
     folder = Path(folder)
     run, known = _run_of(folder), known or {}
@@ -92,12 +88,7 @@ def fingerprints(folder: Path) -> dict[str, str]:
 
 
 def describe_folder(folder: Path) -> dict[str, Any]:
-    """Describes a pretrained folder with both stages in plain values.
-
-    Raises:
-        FileNotFoundError: if a stage is missing.
-        ValueError: if a file has another format.
-    """
+    """Describes a pretrained folder with both stages in plain values."""
     # Only the JSON files are read: the description needs no weights in memory.
     tokenizer, transformer = (read_config(folder / stage, stage) for stage in ("tokenizer", "transformer"))
     sizes, network = VQGANConfig(**tokenizer["network"]), build_config(transformer["network"], f"{folder}: network")
@@ -139,9 +130,6 @@ def model_card(folder: Path, content: Mapping[str, Any]) -> str:
     Args:
         folder: Pretrained folder, which names the classes.
         content: Content of ``config.json``.
-
-    Raises:
-        ValueError: if ``run`` in the content, which may be of a stranger, has another form.
     """
     classes: list[str] = read_config(folder / "transformer", "transformer")["class_names"]
     try:

@@ -105,9 +105,6 @@ class Recording:
         """Writes an animation of all images (``.gif``), or a filmstrip of the first one (``.png``).
 
         An animation has at most 64 steps and ten seconds, a filmstrip at most 12 steps.
-
-        Raises:
-            ValueError: if the name of the file has another ending.
         """
         path = Path(path)
         if path.suffix.lower() == ".gif":

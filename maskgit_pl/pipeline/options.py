@@ -121,11 +121,6 @@ class ClassIndex:
 
         Args:
             classes: A list of indices in [0, number of classes), names and None; or a single index or name.
-
-        Raises:
-            ValueError: if the list is empty, a class is unknown, a name belongs to several classes, or None
-                is given to a model that was trained without "no class".
-            TypeError: if a class is neither an integer nor a string.
         """
         choices = plain_list(classes)
         if choices is None:  # a single class
@@ -135,11 +130,7 @@ class ClassIndex:
         return [self._label(name_or_label) for name_or_label in choices]
 
     def parse(self, word: str) -> int:
-        """Returns the label of the class of a command line argument. Class names take precedence over indices.
-
-        Raises:
-            ValueError: if the class is unknown.
-        """
+        """Returns the label of the class of a command line argument. Class names take precedence over indices."""
         return self.labels(self._read_word(word))[0]
 
     def parse_list(self, text: str, *, max_shown: int = 10) -> list[int]:
@@ -217,10 +208,6 @@ class Request:
             default: Decoding settings of the model.
             classes: Classes of the results as indices or names.
             options: Keyword arguments of the method: ``GenerateKeywords``.
-
-        Raises:
-            TypeError: if a name is unknown (the message names the nearest one), or a value has another type.
-            ValueError: if a value is out of range, or a class is unknown.
         """
         for name in options:
             if name not in GenerateKeywords.__annotations__:
@@ -262,10 +249,6 @@ def replace_settings(default: DecodingConfig, settings: Mapping[str, Any]) -> De
     Args:
         default: Settings to start from.
         settings: New values by the names of ``SETTINGS``. None keeps a setting. ``decoding`` replaces ``default``.
-
-    Raises:
-        TypeError: if a setting is unknown.
-        ValueError: if a value is out of range, or both ``mask_schedule`` and ``tokens_per_step`` are given.
     """
     changes = {name: value for name, value in settings.items() if value is not None}
     config: DecodingConfig = changes.pop("decoding", default)
@@ -295,11 +278,7 @@ def _with_argument(spec: str | dict[str, Any] | None, argument: str, value: floa
 
 
 def seeds_of(seed: Seeds, count: int) -> list[int]:
-    """Returns the seed of each of ``count`` results.
-
-    Raises:
-        ValueError: if there is another number of seeds, or one is out of range.
-    """
+    """Returns the seed of each of ``count`` results."""
     seeds = plain_list(seed)
     if seeds is not None:
         if len(seeds) != count:

@@ -48,11 +48,6 @@ def image_pixels(image: ImageLike, *, channels: int, name: str = "image", backgr
 
     Returns:
         (channels, H, W) uint8.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it is not an image, has too many pixels, is not uint8 of one of these shapes, or is a
-            PIL image of floats or 32-bit integers.
     """
     from PIL import Image  # with the first image only
 
@@ -83,10 +78,6 @@ def mask_pixels(mask: MaskLike, *, name: str = "mask") -> Tensor:
 
     Returns:
         (H, W) bool, True where pixels are generated.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it is neither a picture nor (H, W) bool.
     """
     if isinstance(mask, np.ndarray) and not mask.dtype.hasobject:
         mask = torch.from_numpy(mask)
@@ -116,10 +107,6 @@ def fit_to_model(
 
     Returns:
         (C, H, W) uint8 and (H, W) bool. A pixel of the new mask is True if any pixel of the old mask that it covers is.
-
-    Raises:
-        ValueError: if image and mask differ in size, their size is not the model's without ``fit``, or the
-            new mask is all False.
     """
     from maskgit_pl.data.images import crop_to_shape, fit_image  # which import Pillow
 
@@ -151,9 +138,6 @@ def box_mask(box: Box, *, height: int, width: int) -> Tensor:
         box: (left, top, right, bottom) in pixels; right and bottom are exclusive.
         height: H of the image in pixels.
         width: W of the image in pixels.
-
-    Raises:
-        ValueError: if the box does not have four edges, is empty or reversed, or leaves the image.
     """
     left, top, right, bottom = box if len(box) == 4 else (0, 0, 0, 0)
     if not (0 <= left < right <= width and 0 <= top < bottom <= height):
@@ -274,10 +258,6 @@ class Margins:
             size: (H, W) of the image in pixels.
             factor: Height and width of a token in pixels.
             least: Smallest size of the result: the image size of the model.
-
-        Raises:
-            ValueError: if a side is negative, all sides are 0, a size is not a multiple of ``factor``, or the result
-                is too small or too large.
         """
         if not any(self.sides):
             raise ValueError("one of left, right, up and down must be > 0 pixels, got none")
@@ -323,10 +303,6 @@ def check_canvas(height: int, width: int, *, factor: int, least: ImageSize) -> N
         width: W in pixels.
         factor: Height and width of a token in pixels.
         least: Image size of the model: a side, or (height, width), in pixels.
-
-    Raises:
-        ValueError: if a side is not an integer, smaller than that of ``least``, or not a multiple of
-            ``factor`` (the message names the nearest sizes), or the canvas has more than 64 million pixels.
     """
     for name, side, least_side in zip(("height", "width"), (height, width), height_width(least), strict=True):
         check_integer(name, side, f"[{least_side}, {MAX_PIXELS}]")

@@ -48,10 +48,6 @@ def find_folder(path_or_hub_id: Path | str, **hub: Unpack[HubOptions]) -> Path:
 
     Returns:
         The folder with ``tokenizer/`` and ``transformer/``.
-
-    Raises:
-        FileNotFoundError: if there is neither such a folder nor a repository that can be reached.
-        ValueError: if a repository is not a pretrained folder, or a folder on this machine should have a ``revision``.
     """
     hub_id = str(path_or_hub_id)
     if Path(path_or_hub_id).is_dir() or not _is_hub_id(hub_id):
@@ -83,9 +79,6 @@ def local_folder(path: Path | str) -> Path:
 
     Returns:
         The folder with ``tokenizer/`` and ``transformer/``.
-
-    Raises:
-        FileNotFoundError: if there is no such folder (the message names the nearest one), or a stage is missing.
     """
     folder, bundled = Path(path), bundled_models()
     if not folder.exists() and str(path) in bundled:
@@ -110,9 +103,6 @@ def find_transformer(path_or_hub_id: Path | str) -> Path:
     """Returns the transformer folder of a run, of a pretrained folder, or of a repository of the Hub.
 
     A negative model needs no tokenizer, so that ``maskgit export --stage transformer`` is enough.
-
-    Raises:
-        FileNotFoundError: if there is none.
     """
     path = Path(path_or_hub_id)
     for folder in (path / "pretrained" / "transformer", path / "transformer", path):

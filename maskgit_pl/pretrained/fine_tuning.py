@@ -31,9 +31,6 @@ def weights_for(config: BackboneConfig, pretrained: PretrainedTransformer) -> di
 
     Returns:
         State dict of a network of ``config``.
-
-    Raises:
-        ValueError: if the backbone or another field of its configuration differs.
     """
     source = pretrained.network
     _check_same(config, source.config)
@@ -52,11 +49,7 @@ def weights_for(config: BackboneConfig, pretrained: PretrainedTransformer) -> di
 
 
 def _check_same(new: BackboneConfig, old: BackboneConfig) -> None:
-    """Checks that two configurations differ only in fields that may differ.
-
-    Raises:
-        ValueError: if they do not. The message names the field and both values.
-    """
+    """Checks that two configurations differ only in fields that may differ."""
     for name in ("backbone", "attention", *(field.name for field in fields(old))):
         old_value, new_value = getattr(old, name), getattr(new, name, None)
         if old_value != new_value and name not in old.transferable:

@@ -157,9 +157,6 @@ class PretrainedTransformer:
 
         Args:
             task: Name of the task, for the error.
-
-        Raises:
-            ValueError: if the model is autoregressive.
         """
         if self.mask_schedule is None:
             raise ValueError(
@@ -180,11 +177,7 @@ class PretrainedTransformer:
             self.first_step.clear()
 
     def check_tokenizer(self, fingerprint: str) -> None:
-        """Checks that a tokenizer is the one whose tokens the network predicts.
-
-        Raises:
-            ValueError: if it is another one.
-        """
+        """Checks that a tokenizer is the one whose tokens the network predicts."""
         # The same codes mean other patches in another tokenizer: the images would be noise without an error.
         if fingerprint != self.tokenizer_fingerprint:
             raise ValueError(
@@ -194,11 +187,7 @@ class PretrainedTransformer:
             )
 
     def check_negative(self, negative: PretrainedTransformer) -> None:
-        """Checks that another transformer predicts the same tokens of the same classes.
-
-        Raises:
-            ValueError: if it does not. The message names the difference.
-        """
+        """Checks that another transformer predicts the same tokens of the same classes."""
         self.schedule_for("negative_model")
         config, weak = self.network.config, negative.network.config
         for name, strong_value, weak_value in (
@@ -286,13 +275,7 @@ def save_transformer(
 
 
 def load_tokenizer(folder: Path | str) -> PretrainedTokenizer:
-    """Reads a tokenizer folder.
-
-    Raises:
-        FileNotFoundError: if there is no such folder, or a file is missing.
-        ValueError: if it is not a tokenizer, a value is out of range, or the weights do not fit the
-            configuration or are non-finite.
-    """
+    """Reads a tokenizer folder."""
     folder = Path(folder)
     config, image_size = _parse_tokenizer(_read_json(folder / _CONFIG, "tokenizer"), folder / _CONFIG)
     network = _read_network(lambda: VQGAN(config), folder, num_blocks=config.num_blocks)
@@ -302,13 +285,7 @@ def load_tokenizer(folder: Path | str) -> PretrainedTokenizer:
 
 
 def load_transformer(folder: Path | str) -> PretrainedTransformer:
-    """Reads a transformer folder.
-
-    Raises:
-        FileNotFoundError: if there is no such folder, or a file is missing.
-        ValueError: if it is not a transformer, a value is out of range or unknown, or the weights do not fit
-            the configuration or are non-finite.
-    """
+    """Reads a transformer folder."""
     folder = Path(folder)
     config, facts = _parse_transformer(_read_json(folder / _CONFIG, "transformer"), folder / _CONFIG)
     network = _read_network(lambda: create_network(config), folder, num_blocks=config.num_blocks)
@@ -324,10 +301,6 @@ def read_config(folder: Path | str, kind: _Kind) -> dict[str, Any]:
 
     Returns:
         The plain values of the file.
-
-    Raises:
-        FileNotFoundError: if there is no such folder or file.
-        ValueError: if it is not JSON, is of another kind or version, or a value is wrong.
     """
     file = Path(folder) / _CONFIG
     config = _read_json(file, kind)
@@ -350,11 +323,7 @@ def has_weights_of(folder: Path, other: Path) -> bool:
 
 
 def check_stage_folder(folder: Path) -> None:
-    """Checks that the folder of a tokenizer or transformer holds nothing that a new one would remove.
-
-    Raises:
-        FileExistsError: if it has other files.
-    """
+    """Checks that the folder of a tokenizer or transformer holds nothing that a new one would remove."""
     check_only_known(folder, {*_NETWORK_FILES})
 
 
@@ -364,9 +333,6 @@ def copy_stage_folder(source: Path, folder: Path) -> None:
     Args:
         source: Pretrained folder of the stage.
         folder: Folder to write; an existing one is replaced.
-
-    Raises:
-        FileExistsError: if the folder has other files.
     """
     if not has_weights_of(folder, source):
         # Loaded pipelines map the file of the weights to memory, so that overwriting it would change them.
@@ -387,9 +353,6 @@ def save_decoding(
         folder: Folder such as ``runs/RUN/pretrained``.
         decoding: Configuration of decoding.
         tuned: Record of the search that found it, in plain values, for people.
-
-    Raises:
-        FileNotFoundError: if the folder has no transformer.
     """
     file = Path(folder) / _DECODING
     content = {
@@ -409,9 +372,6 @@ def read_decoding(folder: Path | str) -> DecodingConfig | None:
 
     Args:
         folder: Folder such as ``runs/RUN/pretrained``.
-
-    Raises:
-        ValueError: if it is not JSON, has another format or version or unknown keys, or its values are wrong.
     """
     file = Path(folder) / _DECODING
     if not file.is_file():

@@ -145,11 +145,7 @@ class StageRun:
 
 
 def resolve_run(plan: Plan, inputs: Inputs) -> ResolvedRun:
-    """Builds all values of a run , with the chosen precision.
-
-    Raises:
-        ValueError: see ``resolve``.
-    """
+    """Builds all values of a run , with the chosen precision."""
     values = resolve(plan.recipe.kind, merge_values(plan, inputs))
     precision = choose_precision(values.trainer, values.model.network, plan.stage, plan.stage_folder)
     return replace(values, trainer=replace(values.trainer, precision=precision))
@@ -165,11 +161,6 @@ def build(plan: Plan, callbacks: Sequence[Callback] = (), *, inputs: Inputs | No
         plan: Folders of the run, and the stage.
         callbacks: Callbacks of the Trainer, beside those of the recipe.
         inputs: What the run reads first; None reads it.
-
-    Raises:
-        FileNotFoundError: if a file is missing.
-        ValueError: if the recipe is invalid, data or tokenizer do not fit, the settings of the run have changed since
-            its last checkpoint, the stage does not support the strategy or the precision, or the devices do not exist.
     """
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # hide its tips and device lists
     for message in _EXPECTED_WARNINGS:
@@ -216,9 +207,6 @@ def build_without_weights(plan: Plan) -> tuple[ResolvedRun, Tokenizer | TokenMod
     """Checks all values of a run, and returns them and its module with weights of zero.
 
     No file is written, and the process-wide settings of torch stay as they are.
-
-    Raises:
-        ValueError: if a value is missing, out of range or unknown. The message names the key.
     """
     with leave_no_trace():
         values = resolve_run(plan, read_inputs(plan))
@@ -513,11 +501,7 @@ def export_run(run: StageRun, folder: Path, *, step: int) -> None:
 
 
 def describe_batch(data: ShardDataConfig, ranks: int) -> str:
-    """Returns the shares of the global batch, such as ``64 = 2 ranks x 1 accumulation step x 32 samples``.
-
-    Raises:
-        ValueError: if the ranks cannot share it.
-    """
+    """Returns the shares of the global batch, such as ``64 = 2 ranks x 1 accumulation step x 32 samples``."""
     per_device, accumulation = split_batch(data.global_batch, data.max_batch_per_device, ranks)
     parts = (count_text(ranks, "rank"), count_text(accumulation, "accumulation step"), count_text(per_device, "sample"))
     return f"{data.global_batch} = {' x '.join(parts)}"

@@ -142,11 +142,7 @@ def plan_run(
 
 
 def run_folder(recipe: Recipe, run: str | Path | None = None) -> Path:
-    """Finds the folder of a run, which need not exist; its default name is ``DATASET-RECIPE``. See ``folder_of``.
-
-    Raises:
-        ValueError: if the run has no name.
-    """
+    """Finds the folder of a run, which need not exist; its default name is ``DATASET-RECIPE``. See ``folder_of``."""
     named = recipe.run_name if run is None else run
     if named is None:
         raise ValueError("a run with --config must have its own name; set it with --run")
@@ -159,11 +155,7 @@ def folder_of(run: str | Path) -> Path:
 
 
 def find_data(recipe: Recipe, data: str | Path | None = None) -> Path:
-    """Finds the data folder of a run: the named one, else that of the repeated run, else that of the data set.
-
-    Raises:
-        FileNotFoundError: if the folder does not exist.
-    """
+    """Finds the data folder of a run: the named one, else that of the repeated run, else that of the data set."""
     shards = Path(data or recipe.paths.get("data.path") or _SHARDS / recipe.dataset)
     if not shards.is_dir():
         raise FileNotFoundError(
@@ -184,10 +176,6 @@ def find_tokenizer(
 
     The first that exists of: the named one; that of the repeated run; the run's own; that of ``pretrained``;
     the only tokenizer that other runs have trained on the data folder ``shards``.
-
-    Raises:
-        FileNotFoundError: if there is no tokenizer.
-        ValueError: if other runs have trained several tokenizers on the same data.
     """
     # In the order of the docstring.
     if named := tokenizer or recipe.paths.get("model.tokenizer"):
@@ -236,12 +224,7 @@ class Inputs:
 
 
 def read_inputs(plan: Plan) -> Inputs:
-    """Reads the inputs of a run (step 2 of the module).
-
-    Raises:
-        FileNotFoundError: if a file is missing.
-        ValueError: if a file is damaged, or of another kind.
-    """
+    """Reads the inputs of a run (step 2 of the module)."""
     tokenizer = None if plan.tokenizer is None else read_tokenizer_sizes(plan.tokenizer)
     return Inputs(read_manifest_summary(plan.shards), tokenizer, read_pretrained(plan))
 

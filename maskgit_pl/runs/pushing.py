@@ -63,10 +63,6 @@ def plan_push(model: str | Path, hub_id: str, *, license: str | None = None) -> 
         model: Run, pretrained folder, or name of a model in the package.
         hub_id: Repository, ``owner/name``.
         license: License of the weights as the Hub spells it, which the Hub checks; None keeps that of the card.
-
-    Raises:
-        FileNotFoundError: if there is no such folder, or a part of it is missing.
-        ValueError: if a name is wrong, a file is damaged, or the card names no license.
     """
     if "/" not in hub_id:
         raise ValueError(f"hub_id must be owner/name, such as alice/maskgit-flowers, got {shorten(hub_id)}")
@@ -114,9 +110,6 @@ def push(plan: Push, *, private: bool = False) -> str:
     1. Check that the repository does not exist, is empty, or holds a model of this package, and create it; an existing
        one stays private or public.
     2. Send all files in one commit, and delete files of an older model that are not among them. Other files stay.
-
-    Raises:
-        PushError: if nobody is logged in, the Hub cannot be reached, or the Hub refuses the upload.
     """
     if get_token() is None:
         raise PushError(f"hub {plan.hub_id}: no access token found; log in with `hf auth login`, or set HF_TOKEN")

@@ -194,9 +194,6 @@ def recipe_files(stage: Stage, *, dataset: str, names: Iterable[str], cluster: s
 
     A data set without a file of its own has ``own-images.yaml``, and the default one only the base. A stage ignores
     names that only the other one has. A path counts for both, unless its folder is named after one of them.
-
-    Raises:
-        FileNotFoundError: if no stage has a recipe of that name. The message lists the names and the closest one.
     """
     (other,) = {*STAGES} - {stage}
     stage_files = list_recipes(stage)
@@ -244,10 +241,6 @@ def _check(kind: Kind, files: Sequence[Layer], flags: Sequence[Layer]) -> dict[s
     Values that data and tokenizer determine may be missing. Ranges of the model are then checked when the run is built.
     Files are shared with masked models: those of an autoregressive model lose the keys of masking, which flags must
     not have.
-
-    Raises:
-        ValueError: if a key is unknown or cannot be set, or a value is of a wrong type or out of range. The
-            message names the file or the flag, the key, and the closest known key.
     """
     from maskgit_pl.runs.resolve import find_faults, known_keys  # lightning and torch take seconds to import
 
@@ -394,11 +387,7 @@ def flag_words(overrides: Overrides) -> tuple[str, ...]:
 
 
 def split_flags(words: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Yields the dotted key and the text of each flag.
-
-    Raises:
-        ValueError: if a word is not a flag, or a flag has no value.
-    """
+    """Yields the dotted key and the text of each flag."""
     waiting = list(reversed(words))
     while waiting:
         word = waiting.pop()
@@ -413,11 +402,7 @@ def split_flags(words: Sequence[str]) -> Iterator[tuple[str, str]]:
 
 
 def flag_layer(key: str, text: str) -> Layer:
-    """Returns the layer of one flag, whose text is YAML.
-
-    Raises:
-        ValueError: if the text is not YAML.
-    """
+    """Returns the layer of one flag, whose text is YAML."""
     try:
         tree = parse_yaml(text)
     except ValueError as error:

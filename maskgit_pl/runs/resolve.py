@@ -179,11 +179,7 @@ RUNS: dict[str, type[ResolvedRun]] = {
 
 
 def resolve(kind: str, tree: Mapping[str, Any]) -> ResolvedRun:
-    """Builds all values of a run of a ``Kind`` of recipe from a tree, with derived keys and defaults.
-
-    Raises:
-        ValueError: if a value is missing, out of range or unknown. The message names the key.
-    """
+    """Builds all values of a run of a ``Kind`` of recipe from a tree, with derived keys and defaults."""
     run = _build(kind, tree)
     if isinstance(run, ResolvedRun):
         return run
@@ -314,9 +310,6 @@ def known_keys(kind: str, network: object = None) -> Mapping[str, bool | None]:
     Args:
         kind: Kind of recipe.
         network: Values of ``model.network``, which may name the backbone.
-
-    Raises:
-        ValueError: if there is no such backbone.
     """
     name = network.get("backbone") if kind != "tokenizer" and isinstance(network, Mapping) else None
     try:

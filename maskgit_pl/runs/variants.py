@@ -195,10 +195,6 @@ def plan_variants(config: AblationConfig, decoding: Mapping[str, Any] | None = N
     Args:
         config: The ablation.
         decoding: Decoding of the model of ``config.of`` in plain values, which is then all that the recipes have.
-
-    Raises:
-        FileNotFoundError: if a recipe does not exist. The message names the closest one.
-        ValueError: if a key is unknown, a value has a wrong type, or the images differ. The message names the key.
     """
     first, *others = config.recipe_sets
     changes: list[tuple[str, str, Sequence[str]]] = [("base", first, ())]
@@ -285,10 +281,6 @@ def train(recipe: Recipe, folder: Path, *, data: Path | None = None, tokenizer: 
 
     The output goes to ``train-STAGE.log`` of the run. A finished run is not trained again. See ``plan.Folders`` for the
     defaults of data and tokenizer.
-
-    Raises:
-        TrainingError: if the training fails.
-        PreemptedError: if it is stopped by a signal.
     """
     words = ["--recipe", " ".join(recipe.names), "--dataset", recipe.dataset]
     words += ["--run", folder.name, "--runs-folder", str(folder.parent)]

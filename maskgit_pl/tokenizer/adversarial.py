@@ -32,9 +32,6 @@ class AdversarialConfig:
         r1_weight: Factor of the R1 penalty on real images, in [0, 1e6].
         r1_every: Steps from one R1 penalty to the next, >= 1; each penalty is multiplied by it.
         lecam_weight: Factor of the LeCam regularisation, in [0, 1e6].
-
-    Raises:
-        ValueError: if a number is out of range.
     """
 
     discriminator: str | Mapping[str, Any] = "stylegan"

@@ -112,9 +112,6 @@ class PerceptualConfig(TokenizerLoss):
         network: Name or mapping: ``lpips``, or a registered feature network.
         weight: Factor of the loss, in (0, 1e6].
 
-    Raises:
-        ValueError: if the weight is out of range, or the network is unknown.
-
     Source: released configuration: ResNet-50 logits at 224 px, 0.1.
     """
 
@@ -150,9 +147,6 @@ class LossTerms:
     """The weighted sum of the terms at the reconstructed image, by their names in the logs.
 
     It is not an ``nn.Module``, so the frozen networks of the terms stay out of checkpoints.
-
-    Raises:
-        ValueError: if the weights of a network cannot be read.
     """
 
     def __init__(self, terms: Mapping[str, TokenizerLoss]) -> None:

@@ -70,12 +70,7 @@ class FolderCheckpointIO(CheckpointIO):
     """A Lightning plugin that writes and reads checkpoint folders. All ranks must call it together."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
-        """Writes the folder ``path`` by the protocol of the module; an existing folder is replaced only at the end.
-
-        Raises:
-            TypeError: if the checkpoint holds a value that is neither a tensor nor plain. The message names its key.
-            OSError: if the disk is full or not writable. No partial folder is left.
-        """
+        """Writes the folder ``path`` by the protocol of the module; an existing folder is replaced only at the end."""
         target = Path(path)
         temporary = target.with_name(f".{target.name}.partial")
         # 1. Split the checkpoint, and select the tensors of this rank.
@@ -103,11 +98,7 @@ class FolderCheckpointIO(CheckpointIO):
     def load_checkpoint(
         self, path: str | Path, map_location: Any | None = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Reads a complete folder, with whole tensors on the CPU.
-
-        Raises:
-            ValueError: if the folder is incomplete or a file has changed.
-        """
+        """Reads a complete folder, with whole tensors on the CPU."""
         return self.load_pieces(path, lambda _, saved: saved.read_all())
 
     def load_pieces(self, path: str | Path, read: Callable[[str, SavedTensor], Tensor]) -> dict[str, Any]:
@@ -116,9 +107,6 @@ class FolderCheckpointIO(CheckpointIO):
         Args:
             path: The folder.
             read: Function of a tensor's key, such as ``/state_dict/layer.weight``, and of the saved tensor.
-
-        Raises:
-            ValueError: if the folder is incomplete or a file has changed.
         """
         folder = Path(path)
         rank, world_size = rank_and_world()
@@ -165,11 +153,7 @@ def step_of(checkpoint: Path) -> int:
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
-    """Reads the settings of the run from a complete checkpoint; none if it was saved without settings.
-
-    Raises:
-        ValueError: if the file has changed.
-    """
+    """Reads the settings of the run from a complete checkpoint; none if it was saved without settings."""
     _verify(folder, [_STATE], _read_marker(folder))
     settings: dict[str, Any] = _read_state(folder, lambda _: None).get(SETTINGS, {})
     return settings
@@ -338,9 +322,6 @@ class Checkpoints(Checkpoint):
         keep_last: Number of newest checkpoints to keep, >= 1.
         keep_every: Checkpoints of multiples of this step, >= 1, are never removed; None keeps only the newest.
         settings: Settings of the run as plain values, saved with each checkpoint.
-
-    Raises:
-        ValueError: if ``keep_every`` is not a multiple of ``every_n_steps``.
     """
 
     def __init__(
@@ -371,9 +352,6 @@ class Checkpoints(Checkpoint):
         """Checks that all ranks resume from the same checkpoint.
 
         On a shared file system, one machine may see an older state of the folder.
-
-        Raises:
-            ValueError: if ranks would resume from different checkpoints. Raised on all ranks.
         """
         names = on_all_ranks(lambda: self.resumes_from and self.resumes_from.name)
         if len(set(names)) > 1:
@@ -425,10 +403,6 @@ class Checkpoints(Checkpoint):
         Args:
             trainer: The Trainer, in the middle of a fit.
             last: True at the end of a run: a failed step is tried again, and another failure ends the run.
-
-        Raises:
-            CannotWriteError: if the checkpoint cannot be written, and it is the last one or the third failure
-                in a row. Raised on all ranks.
         """
         step = trainer.global_step
         # Also called after micro-batches that end no step.

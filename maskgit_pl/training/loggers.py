@@ -45,11 +45,7 @@ class LoggerSpec:
         raise NotImplementedError(f"{type(self).__name__} must define create(folder, *, run_id)")
 
     def check(self) -> None:
-        """Checks before training that the tracker can be used.
-
-        Raises:
-            ValueError: if it cannot, such as for a missing package.
-        """
+        """Checks before training that the tracker can be used."""
 
     def run_id(self, logger: Logger) -> str | None:
         """Returns the name under which the tracker continues this run; None if it has no runs.

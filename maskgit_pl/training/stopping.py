@@ -83,9 +83,6 @@ class StepCheck(Callback):
         """Returns True if all ranks skip the update of this step; must be called once per step on every rank.
 
         ``gradient_norms`` are scalar float tensors, one of each optimizer; see ``clip_gradients``.
-
-        Raises:
-            NonFiniteError: if more than 3 updates in a row are skipped. Raised on all ranks.
         """
         # The next micro-batch belongs to the next step.
         losses, self._losses = self._losses, []

@@ -68,12 +68,7 @@ def build_strategy(name: str, *, longest_wait: float = 1800.0) -> str | Strategy
 
 
 def check_strategy(name: str, config: Any, *, stage: str, ranks: int) -> None:
-    """Checks that a strategy supports a module with a configuration and a number of ranks.
-
-    Raises:
-        ValueError: if ``auto`` is set for several ranks; or FSDP2 for stage 1, whose two networks only train
-            with DDP, or for an optimizer whose step needs whole matrices.
-    """
+    """Checks that a strategy supports a module with a configuration and a number of ranks."""
     if name == "auto" and ranks > 1:
         raise ValueError(
             f"trainer.strategy must be 'ddp' or 'fsdp' for {ranks} ranks, got 'auto'; use --cluster ddp or fsdp"
@@ -88,11 +83,7 @@ def check_strategy(name: str, config: Any, *, stage: str, ranks: int) -> None:
 
 
 def check_precision(name: str) -> None:
-    """Checks that training supports a precision.
-
-    Raises:
-        ValueError: if weights would have 16 bits, or activations would be float16.
-    """
+    """Checks that training supports a precision."""
     if name not in PRECISIONS:
         raise ValueError(
             f"trainer.precision must be {' or '.join(PRECISIONS)}, got {name}: with 16-bit weights, a moving average "

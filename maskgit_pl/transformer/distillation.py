@@ -96,9 +96,6 @@ class DistillationConfig(MaskedTokenConfig):
         teacher: Path of the teacher, a pretrained transformer folder.
         teacher_decoding: Decoding of the teacher that the student learns; None for the one that was exported with it.
         distillation: Name or mapping of a registered distillation.
-
-    Raises:
-        ValueError: if a name is unknown, a number is out of range, there is no teacher, or ``decoding`` has guidance.
     """
 
     _: KW_ONLY
@@ -144,12 +141,7 @@ class DistilledModel(MaskedTokenModel):
 
     @property
     def teacher(self) -> PretrainedTransformer:
-        """The frozen teacher on this module's device. It is loaded at its first use and stays out of checkpoints.
-
-        Raises:
-            ValueError: if it is autoregressive, or has another tokenizer, other classes or another mask schedule than
-                the student.
-        """
+        """The frozen teacher on this module's device. It is loaded at its first use and stays out of checkpoints."""
         if self._teacher is None:
             teacher = load_transformer(Path(self.config.teacher))
             teacher.check_tokenizer(self.tokenizer.fingerprint)
@@ -317,9 +309,6 @@ class Dimo(Distillation):
     Args:
         auxiliary_rate: Learning rate of the auxiliary network relative to that of the student, in (0, 1000]. If it is
             too slow to follow the student, the images of a class become alike.
-
-    Raises:
-        ValueError: if the rate is out of range.
 
     Source: Di[M]O, Zhu et al., arXiv:2503.15457, algorithm 1; without its noise on the embeddings.
     """

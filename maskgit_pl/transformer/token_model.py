@@ -94,9 +94,6 @@ class TokenModelConfig:
         seed: Seed of masks, class dropout, flips and dropout, in [0, 2**32).
         activation_checkpointing: ``blocks`` saves memory by computing the blocks again in the backward pass.
         compiled: ``blocks`` compiles the blocks of the trained network with ``torch.compile``.
-
-    Raises:
-        ValueError: if a number is out of range, or the tokenizer is no path.
     """
 
     network: Annotated[BackboneConfig, BeforeValidator(read_config_values)]
@@ -125,11 +122,7 @@ class TokenModelConfig:
 
 
 def check_decoding(decoding: DecodingConfig, network: BackboneConfig, *, is_autoregressive: bool) -> None:
-    """Checks that a network supports decoding settings: their names and numbers, and guidance only with a null class.
-
-    Raises:
-        ValueError: if it does not. The message names the setting.
-    """
+    """Checks that a network supports decoding settings: their names and numbers, and guidance only with a null class."""
     try:
         decoding.check(network.num_tokens, is_autoregressive=is_autoregressive)
     except ValueError as error:
@@ -142,11 +135,7 @@ def check_decoding(decoding: DecodingConfig, network: BackboneConfig, *, is_auto
 
 
 def check_tokenizer(config: BackboneConfig, tokenizer: PretrainedTokenizer) -> None:
-    """Checks that a transformer has the codebook size and the grid of a tokenizer.
-
-    Raises:
-        ValueError: if it does not. The message has both values and the recipe key.
-    """
+    """Checks that a transformer has the codebook size and the grid of a tokenizer."""
     has = {"codebook_size": tokenizer.network.config.codebook_size, "grid": tokenizer.grid}
     for name, expected in has.items():
         if (value := getattr(config, name)) != expected:
@@ -226,11 +215,7 @@ class TokenModel(LightningModule):
 
     @property
     def tokenizer(self) -> PretrainedTokenizer:
-        """The frozen tokenizer on this module's device. It is loaded at its first use and stays out of checkpoints.
-
-        Raises:
-            ValueError: if its codebook or grid is not that of the transformer.
-        """
+        """The frozen tokenizer on this module's device. It is loaded at its first use and stays out of checkpoints."""
         if self._tokenizer is None:
             self._tokenizer = load_tokenizer(self.config.tokenizer)
             check_tokenizer(self.config.network, self._tokenizer)
@@ -252,12 +237,7 @@ class TokenModel(LightningModule):
         return batch._replace(draws=self._draw(batch))  # 1; ``_draw`` calls ``_draws_of``
 
     def _check_samples(self, batch: Batch) -> None:
-        """Checks that the samples of a batch are those of the network, or images of its tokenizer.
-
-        Raises:
-            TypeError: if the batch comes from no data module of ``maskgit_pl.data``.
-            ValueError: if the samples have another shape, or a label is no class of the network.
-        """
+        """Checks that the samples of a batch are those of the network, or images of its tokenizer."""
         shape: tuple[int, ...] = (self.config.network.num_tokens,)
         if isinstance(batch, Batch) and batch.content.ndim == 4:
             tokenizer = self.tokenizer
@@ -473,11 +453,6 @@ class TokenModel(LightningModule):
         """Replaces the initial weights by those of a pretrained transformer folder. Call it before the first step.
 
         See ``pretrained.fine_tuning.weights_for`` for other classes.
-
-        Raises:
-            FileNotFoundError: if there is no such folder.
-            ValueError: if the folder holds no transformer, one of other sizes, or one of another tokenizer than that
-                beside it. The tokenizer of the run may be a third one, such as a fine-tuned one.
         """
         transformer, beside = load_transformer(folder), Path(folder).with_name("tokenizer")
         if beside.is_dir():
@@ -492,9 +467,6 @@ class TokenModel(LightningModule):
         Args:
             folder: Output folder, for ``transformer`` with the averaged weights and ``tokenizer``, a copy.
             class_names: Name of each class.
-
-        Raises:
-            ValueError: if there is not one name for each class.
         """
         names = check_class_names("class_names", class_names, self.config.network.num_classes)
         # Under FSDP2 all ranks gather the weights, so this line must not depend on the rank.

@@ -80,9 +80,6 @@ def build_page(pipe: MaskGIT, name: str) -> gr.Blocks:
     Args:
         pipe: The model.
         name: Name of the model, for the title.
-
-    Raises:
-        ValueError: if the model is autoregressive, or needs a vector for each image.
     """
     pipe.transformer.schedule_for("web")
     if pipe.transformer.network.config.condition_dim:
@@ -251,9 +248,6 @@ def run_task(
         settings: Decoding settings.
         before: (C, H, W) uint8, the image that is edited.
         requested: (H, W) bool, the pixels that are asked for, of the size of the results; None for all.
-
-    Raises:
-        ValueError: if a value is out of range.
     """
     grid, decoding = None, pipe.decoding_with(**settings)
     if requested is not None and tuple(requested.shape) != height_width(pipe.tokenizer.image_size):  # a canvas
@@ -327,9 +321,6 @@ def settings_of(pipe: MaskGIT, values: Sequence[Any]) -> dict[str, Any]:
     Args:
         pipe: The model.
         values: Values of the fields, in the order of ``start_values``.
-
-    Raises:
-        ValueError: if the model cannot use them.
     """
     settings = dict(zip(start_values(pipe), values, strict=True))
     first, last = settings.pop("first"), settings.pop("last")

@@ -52,12 +52,6 @@ def serve(folder: str | Path, *, port: int = 7860, device: str | None = None) ->
         folder: Run folder, pretrained folder, name of a model in the package, or ``owner/name`` on the Hub.
         port: Port in [1, 65535] of 127.0.0.1, which only this machine can reach.
         device: Device of the model; None for a GPU if there is one.
-
-    Raises:
-        FileNotFoundError: if there is no such model.
-        ValueError: if the device or gradio is missing, the port is out of range or used, or the page cannot show the
-            model.
-        KeyboardInterrupt: if Ctrl-C or SIGTERM comes before the page can be opened.
     """
     chosen = find_device(device)
     if find_spec("gradio") is None:
@@ -82,11 +76,7 @@ def serve(folder: str | Path, *, port: int = 7860, device: str | None = None) ->
 
 
 def open_socket(port: int) -> socket.socket:
-    """Returns a socket that listens to a port of this machine.
-
-    Raises:
-        ValueError: if the port is out of range or used.
-    """
+    """Returns a socket that listens to a port of this machine."""
     check_integer("port", port, "[1, 65535]")
     try:
         return socket.create_server((_ADDRESS, port), backlog=128)

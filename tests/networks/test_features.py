@@ -207,7 +207,9 @@ def test_a_distance_is_of_one_pair_and_its_gradient_reaches_the_image(name, chan
 
 def test_a_missing_lpips_file_is_refused_with_its_flag_and_address():
     config = PerceptualConfig({"name": "lpips", "weights": "none.pth"}, weight=1.0)
-    with pytest.raises(ValueError, match=r"download .*397923af\.pth; set --model\.losses\.perceptual\.network\.weights"):
+    with pytest.raises(
+        ValueError, match=r"download .*397923af\.pth; set --model\.losses\.perceptual\.network\.weights"
+    ):
         config.create_network()
 
 

@@ -58,10 +58,6 @@ class Entries:
         sizes: Length in bytes of each file.
         folders: Names of the folders; of an archive, down to three levels.
         left_out: Names of what is not a readable file, by kind.
-
-    Raises:
-        FileNotFoundError: if it does not exist.
-        ValueError: if it is no archive, is damaged, or would expand to implausibly many bytes.
     """
 
     def __init__(self, path: Path) -> None:
@@ -85,12 +81,7 @@ class Entries:
         self._take(_zip_members(path) if is_zip else _tar_members(path))
 
     def read(self, name: str, *, what: str = "image", limit: int = MAX_IMAGE_BYTES) -> bytes:
-        """Returns the bytes of a file; ``what`` it is begins the error.
-
-        Raises:
-            UnreadableImageError: if there is no such file, it is longer than ``limit`` bytes, damaged, or cannot be
-                read.
-        """
+        """Returns the bytes of a file; ``what`` it is begins the error."""
         title, size = f"{what} {printable(self.path / name)}", self.sizes.get(name)
         if size is None:
             raise UnreadableImageError(f"{title} cannot be read: No such file or directory")

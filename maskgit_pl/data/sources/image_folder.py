@@ -53,11 +53,6 @@ class ImageFolder:
 
     Args:
         path: The folder or the archive; for the other arguments, see ``open_source``.
-
-    Raises:
-        FileNotFoundError: if there is no such folder or archive.
-        ValueError: if the archive, the metadata or a label cannot be used, there are no images, one split folder
-            stands without the other, or a split has no files.
     """
 
     def __init__(
@@ -227,9 +222,6 @@ def _read_metadata(entries: Entries, name: str, *, label_field: str) -> dict[str
     """Returns the label of each file that a metadata file names, a class number or a class name, as text.
 
     Names are only compared with those of the source, so that a path outside of it is a missing file.
-
-    Raises:
-        ValueError: if it is damaged or too large, lacks a column or a value, or has two labels for one file.
     """
     title = f"metadata {printable(entries.path / name)}"
     data = entries.read(name, what="metadata", limit=_MAX_METADATA_BYTES)

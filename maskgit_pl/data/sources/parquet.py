@@ -57,10 +57,6 @@ class ParquetFolder:
 
     Args:
         folder: The folder; for the other arguments, see ``open_source``.
-
-    Raises:
-        ValueError: if pyarrow is missing, a file cannot be read, it lacks a column, a label is not a class,
-            or the class names of the files differ.
     """
 
     def __init__(

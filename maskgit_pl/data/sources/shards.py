@@ -57,10 +57,6 @@ def fetch_dataset(name: str, out: Path | None = None, *, source: Path | None = N
         name: One of ``public_datasets()``.
         out: Data folder; None for ``data/shards/NAME``.
         source: Existing files in place of a download to ``data/raw/NAME``: a folder, or the picture of Blue Marble.
-
-    Raises:
-        FileNotFoundError: if no source of the data can be reached.
-        ValueError: if there is no such data set, a file is not the known one, or the folder has other content.
     """
     datasets = public_datasets()
     dataset = datasets[check_choice("NAME", name, datasets)]
@@ -95,10 +91,6 @@ def open_source(
         classes: Class names, if the source has none.
         val_fraction: Fraction of the samples that become val, in (0, 1), for a source without splits; None for 0.1.
         label_field: Column of the labels in parquet and metadata files.
-
-    Raises:
-        FileNotFoundError: if there is no such folder, archive or data set.
-        ValueError: if it is not a valid source, or has splits and ``val_fraction`` is set.
     """
     fraction = 0.1 if val_fraction is None else check_number("val_fraction", val_fraction, "(0, 1)")
     folder = _download(str(path).removeprefix(_HUB)) if str(path).startswith(_HUB) else Path(path)
