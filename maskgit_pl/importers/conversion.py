@@ -199,7 +199,7 @@ def write_import(imported: Imported) -> Imported:
 
 
 def check_out(folder: Path) -> None:
-    """Checks that an import can write a folder without overwriting anything: transformers may depend on what is there."""
+    """Checks that an import writes a folder without overwriting what is there, on which transformers may depend."""
     if folder.is_symlink() or has_content(folder) or (folder.exists() and not folder.is_dir()):
         raise FileExistsError(
             f"import {folder} must be a new or empty folder, got one with content; name another with --out"

@@ -122,7 +122,7 @@ class TokenModelConfig:
 
 
 def check_decoding(decoding: DecodingConfig, network: BackboneConfig, *, is_autoregressive: bool) -> None:
-    """Checks that a network supports decoding settings: their names and numbers, and guidance only with a null class."""
+    """Checks that a network supports decoding settings: names, numbers, and guidance only with a null class."""
     try:
         decoding.check(network.num_tokens, is_autoregressive=is_autoregressive)
     except ValueError as error:
