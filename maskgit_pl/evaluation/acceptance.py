@@ -59,7 +59,7 @@ class Acceptance:
 
     @classmethod
     def load(cls, folder: Path | str, rate: float, *, device: torch.device | str = "cpu") -> Acceptance:
-        """Reads the classifier of a folder that ``maskgit train-classifier`` or an evaluation wrote."""
+        """Reads the classifier of a folder that ``maskgit train-classifier`` wrote."""
         return cls(rate, load_classifier(Path(folder)).to(device), str(folder))
 
     @cached_property
