@@ -252,4 +252,4 @@ def test_a_failing_step_ends_the_demo_with_one_line(maskgit, tmp_path) -> None:
     answer = maskgit("demo", *words, "--runs-folder", tmp_path / "runs")
     refused(answer, "maskgit demo: ", str(tmp_path / "none"))
     steps = [line for line in answer.out.splitlines() if line.startswith("[")]
-    assert steps == [f"[1/5] write the images of {tmp_path / 'none'} as shards"]
+    assert steps == [f"[1/6] write the images of {tmp_path / 'none'} as shards"]

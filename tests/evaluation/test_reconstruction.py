@@ -11,7 +11,7 @@ from rich.console import Console
 from torchmetrics.image import StructuralSimilarityIndexMeasure
 
 from maskgit_pl.data import Batch
-from maskgit_pl.evaluation import TokenizerOptions, classifier, evaluate_tokenizer
+from maskgit_pl.evaluation import TokenizerOptions, evaluate_tokenizer, train_classifier
 from maskgit_pl.evaluation.evaluator import FeatureMetrics
 from maskgit_pl.evaluation.extractors import extract
 from maskgit_pl.evaluation.options import ClassifierConfig
@@ -96,14 +96,15 @@ def test_reconstructions_have_a_distance_from_the_originals() -> None:
 
 
 @pytest.fixture
-def run(tiny_pretrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def run(tiny_pretrained: Path, tmp_path: Path) -> Path:
     """A run of its own, whose classifier is trained for a moment."""
     shutil.copytree(tiny_pretrained, tmp_path / "run" / "pretrained")
-    monkeypatch.setattr(classifier, "SMALL_TRAINING", ClassifierConfig(width=4, max_steps=3, batch=20))
     return tmp_path / "run"
 
 
 def test_all_numbers_are_those_of_the_images_measured_by_hand(run: Path, tiny_shards: Path) -> None:
+    quick = ClassifierConfig(width=4, max_steps=3, batch=20)
+    train_classifier(tiny_shards, config=quick, runs_folder=run.parent, device="cpu")
     options = TokenizerOptions(device="cpu", batch_size=7, num_images=30)  # of 24
     report = evaluate_tokenizer(run, data=tiny_shards, options=options, out=run / "other" / "a.json")
     content = json.loads((run / "other" / "a.json").read_text())
