@@ -11,6 +11,8 @@ Your own schedule is a registered frozen dataclass::
     @dataclass(frozen=True)
     class Sine(MaskSchedule):
         def __call__(self, progress: Tensor, num_tokens: int) -> Tensor:
+            import torch
+
             return 1 - torch.sin(progress * math.pi / 2)
 """
 

@@ -14,7 +14,8 @@ registered frozen dataclass::
             import torch
 
             # entr is 0 for a code of probability 0, where p log p would be NaN.
-            return -torch.special.entr(candidates.log_probs.exp()).sum(-1)
+            scores: Tensor = -torch.special.entr(candidates.log_probs.exp()).sum(-1)
+            return scores
 """
 
 from __future__ import annotations

@@ -23,6 +23,7 @@ from maskgit_pl.networks.backbone import (
     build_config,
     create_network,
 )
+from maskgit_pl.networks.base_transformer import TransformerSizes
 from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.pretrained.fine_tuning import weights_for
 from maskgit_pl.pretrained.networks import PretrainedTransformer, fingerprint, load_transformer, save_transformer
@@ -156,9 +157,9 @@ def test_dropout_acts_in_training_only(config):
     assert not torch.allclose(*(network(tokens, labels, vectors=vectors) for _ in range(2)))
 
 
-@over_all
+@pytest.mark.parametrize("config", [case for case in CASES if isinstance(case.values[0], TransformerSizes)])
 @pytest.mark.parametrize("part", ["attention weights", "attention", "mlp"])
-def test_dropout_acts_in_each_part_of_a_block(config, part):
+def test_dropout_acts_in_each_part_of_a_block_of_a_transformer(config, part):
     tokens, labels, _, vectors = inputs(config)
     network, seen = create(config).train(), []  # without the dropout of embeddings
     for block in network.blocks:

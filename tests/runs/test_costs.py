@@ -32,7 +32,7 @@ VQGAN = VQGANConfig(
     1, base_channels=32, channel_multipliers=(1, 2), num_res_blocks=1, num_groups=8, codebook_size=16, code_dim=8
 )
 ADVERSARIAL = AdversarialConfig(DiscriminatorConfig(channel_multiplier=1 / 8), weight_rule="adaptive")
-SMALL = {name: small_config(name, depth=6, embed_dim=64, mlp_dim=128, grid=[8, 8]) for name in backbones.names()}
+SMALL = {name: small_config(name, depth=6, embed_dim=64, grid=[8, 8]) for name in backbones.names()}
 WORDY = TransformerConfig(1024, 1000, (8, 8), 128, 6, 4, 512, dropout=0.0, class_dropout=0.0)
 CONFIGS = {
     **SMALL,
