@@ -23,6 +23,7 @@ from maskgit_pl.schedules import MaskSchedule, mask_schedules
 if TYPE_CHECKING:
     from maskgit_pl.decoding.autoregressive import AutoregressiveDecoder
     from maskgit_pl.decoding.decoder import ParallelDecoder
+    from maskgit_pl.masking import Corruption
 
 _MOST_STEPS = 2**16  # the tokens of the largest grid
 # The settings that an autoregressive model does not have: it masks nothing, and its order is fixed.
@@ -69,8 +70,12 @@ class DecodingConfig:
         """Returns True for the settings of an autoregressive model."""
         return self.token_selector is None
 
-    def build_decoder(self, mask_schedule: MaskSchedule | None) -> ParallelDecoder:
+    def build_decoder(
+        self, mask_schedule: MaskSchedule | None, corruption: Corruption | None = None
+    ) -> ParallelDecoder:
         """Builds the decoder that follows ``mask_schedule``, or the schedule that these settings name.
+
+        ``corruption`` is that of the training if it is part of decoding, too.
 
         Raises:
             ValueError: if a name is unknown, a number is out of range, or ``token_selector`` is None.
@@ -91,6 +96,7 @@ class DecodingConfig:
             sampling=self._build_sampling(),
             tokens_per_step=self.tokens_per_step,
             random_start=self.random_start,
+            corruption=corruption,
         )
 
     def build_autoregressive_decoder(self, num_tokens: int) -> AutoregressiveDecoder:

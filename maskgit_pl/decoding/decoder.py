@@ -16,7 +16,9 @@ The last step keeps all of its draws. They are the result.
 
 Shapes: B images, N tokens per image, K codes, M the largest number of masked tokens of an image in the batch. Images
 with fewer masked tokens are padded to M with known positions. Padding never changes a code, a confidence or an order.
-All counts are known on the host before the loop, so that nothing waits for the device.
+All counts are known on the host before the loop, so that nothing waits for the device; only a selector that sets the
+number of tokens itself (``TokenSelector.num_kept``) makes the host wait once a step. For a selector that sees decided
+tokens, M is the largest number of tokens that were masked at the start, in each step.
 
 Source: paper, section on iterative decoding; google-research/maskgit, ``parallel_decode.py``.
 """
@@ -24,8 +26,8 @@ Source: paper, section on iterative decoding; google-research/maskgit, ``paralle
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from itertools import accumulate
+from dataclasses import dataclass, field, replace
+from itertools import accumulate, count
 
 import torch
 from torch import Tensor
@@ -39,6 +41,8 @@ from maskgit_pl.decoding.predictors import (
 )
 from maskgit_pl.decoding.sampling import CodeSampling, Noise
 from maskgit_pl.decoding.selectors import Candidates, Decided, TokenSelector
+from maskgit_pl.masking import Corruption
+from maskgit_pl.networks.backbone import BackboneConfig
 from maskgit_pl.randomness import gumbel, gumbel_rows, random_bits, random_uniform, uniform_of
 from maskgit_pl.schedules import MaskSchedule, num_masked
 
@@ -55,6 +59,8 @@ class ParallelDecoder:
         tokens_per_step: Number of tokens that each step decides, in place of the mask schedule: T integers >= 1 whose
             sum is N. Images with fewer masked tokens at the start decide them in proportion, rounded down.
         random_start: Probability that ``decode_classes`` shows a random code in place of a mask token in step 0.
+        corruption: What ``decode_classes`` shows the network of the tokens in each step, as the training did; None
+            shows them as they are.
     """
 
     mask_schedule: MaskSchedule
@@ -63,6 +69,7 @@ class ParallelDecoder:
     sampling: CodeSampling = field(default_factory=CodeSampling)
     tokens_per_step: tuple[int, ...] | None = None
     random_start: float = 0.0
+    corruption: Corruption | None = None
 
     @torch.no_grad()
     def steps(
@@ -95,7 +102,7 @@ class ParallelDecoder:
         """
         run = _Run(self, predictor, tokens, noise, mask_token_id=mask_token_id, grid=grid)
         at_start = list(num_masked) if num_masked is not None else run.masked.sum(1).tolist()
-        yield from run.steps(self.plan(at_start, tokens.shape[1], first_step=first_step), first_step)
+        yield from run.steps(at_start, first_step)
 
     def plan(self, at_start: Sequence[int], num_tokens: int, *, first_step: int = 0) -> list[StepCounts]:
         """Counts the masked tokens of each step on the host, so that all shapes are known before the loop.
@@ -114,25 +121,33 @@ class ParallelDecoder:
         Raises:
             ValueError: if T is above N, or ``tokens_per_step`` does not fit T and N.
 
+        A selector that sets the number of tokens itself (``num_kept``) may decide more or fewer in its steps.
+
         Source: google-research/maskgit, ``parallel_decode.py``; remasking: ReMDM, arXiv:2503.00307.
         """
+        planned = self.plan_by_schedule(at_start, num_tokens)
+        steps, before = [], list(at_start)
+        for step in range(first_step, self.num_steps):
+            steps.append(self.count_step(step, at_start, before, planned[step]))
+            before = steps[-1].after
+        return steps
+
+    def count_step(self, step: int, at_start: Sequence[int], before: list[int], planned: Sequence[int]) -> StepCounts:
+        """Counts the masked tokens of one step, see ``plan``, from the counts of each row before it."""
+        if step == self.num_steps - 1:
+            return StepCounts(before, [0] * len(before), [0] * len(before))
+        rows, selector = [], self.token_selector
+        for start, masked, target in zip(at_start, before, planned, strict=True):
+            decided = start - masked
+            num_remasked = 0 if selector.sees_decided else selector.num_remasked(decided=decided, planned=target)
+            rows.append(count_after(masked, target, max(0, min(num_remasked, decided))))
+        after, remasked = (list(column) for column in zip(*rows, strict=True))
+        return StepCounts(before, after, remasked)
+
+    def plan_by_schedule(self, at_start: Sequence[int], num_tokens: int) -> list[list[int]]:
+        """Returns the counts that the schedule or ``tokens_per_step`` leaves masked: T lists, one count per row."""
         if self.num_steps > num_tokens:
             raise ValueError(f"num_steps must be <= {num_tokens}, the tokens per image, got {self.num_steps}")
-        selector, planned = self.token_selector, self._plan_by_schedule(at_start, num_tokens)
-        steps, before = [], list(at_start)
-        for step in range(first_step, self.num_steps - 1):
-            rows = []
-            for start, masked, target in zip(at_start, before, planned[step], strict=True):
-                decided = start - masked
-                num_remasked = selector.num_remasked(decided=decided, planned=target)
-                rows.append(count_after(masked, target, max(0, min(num_remasked, decided))))
-            after, remasked = (list(column) for column in zip(*rows, strict=True))
-            steps.append(StepCounts(before, after, remasked))
-            before = after
-        return [*steps, StepCounts(before, [0] * len(before), [0] * len(before))]
-
-    def _plan_by_schedule(self, at_start: Sequence[int], num_tokens: int) -> list[list[int]]:
-        """Returns the counts that the schedule or ``tokens_per_step`` leaves masked: T lists, one count per row."""
         if self.tokens_per_step is None:
             progress = torch.arange(1, self.num_steps + 1, dtype=torch.float32) / self.num_steps
             ratios = self.mask_schedule(progress, num_tokens).unsqueeze(1)  # (T, 1)
@@ -188,6 +203,8 @@ class _Run:
         confidence: (B, N) float32 in [0, 1]: the probability that each code had when it was last drawn; 1 for
             given codes.
         no_scores: (B, N) float32: +inf, the score of a position that a step does not draw.
+        log_probs: (B, N, K) float32: log-probabilities of each position when it was last a candidate, for a selector
+            that sees them; None in the first step.
     """
 
     def __init__(
@@ -200,6 +217,7 @@ class _Run:
         mask_token_id: int,
         grid: tuple[int, int],
     ) -> None:
+        self.decoder = decoder
         self.selector, self.sampling, self.num_steps = decoder.token_selector, decoder.sampling, decoder.num_steps
         self.predictor, self.noise = predictor, noise
         self.mask_token_id, self.grid = mask_token_id, grid
@@ -207,12 +225,16 @@ class _Run:
         self.masked = self.unknown = tokens == mask_token_id
         self.confidence = torch.ones(tokens.shape, device=tokens.device)
         self.no_scores = torch.full_like(self.confidence, torch.inf)
+        self.log_probs: Tensor | None = None
 
-    def steps(self, plan: Sequence[StepCounts], first_step: int) -> Iterator[DecodingStep]:
-        """Runs the steps of the module docstring, with the counts of ``plan`` (4)."""
-        positions = _sort_masked_first(self.masked, plan[0].before)  # (B, M)
-        for step, counts in enumerate(plan, start=first_step):
-            if max(counts.before) == 0:
+    def steps(self, at_start: list[int], first_step: int) -> Iterator[DecodingStep]:
+        """Runs the steps of the module docstring, for the number of masked tokens of each row."""
+        selector, before = self.selector, at_start
+        planned = self.decoder.plan_by_schedule(at_start, self.tokens.shape[1])
+        positions = every_unknown = _sort_masked_first(self.masked, at_start)  # (B, M)
+        for step in range(first_step, self.num_steps):
+            columns = at_start if selector.sees_decided else before
+            if max(columns) == 0:
                 return
             # 1. Predict. Softmax and scores are computed in float32 for every dtype of the network.
             logits = self.predictor(self.tokens, positions).float()  # (B, M, K)
@@ -224,9 +246,14 @@ class _Run:
             # 2. Draw.
             candidates = self._draw(logits, positions, step)
             # 3. Score. Padding, which +inf sorts last, keeps its code and confidence.
-            is_padded = min(counts.before) < positions.shape[1]
-            is_real = _mark_first_columns(counts.before, positions) if is_padded else None  # (B, M)
-            scores = self.selector(candidates).float()  # (B, M)
+            is_padded = min(columns) < positions.shape[1]
+            is_real = _mark_first_columns(columns, positions) if is_padded else None  # (B, M)
+            scores = selector(candidates).float()  # (B, M)
+            # 4. Count, on the host.
+            counts = self.decoder.count_step(step, at_start, before, planned[step])
+            if selector.counts_in_loop and step < self.num_steps - 1:
+                of_real = scores if is_real is None else scores.where(is_real, -torch.inf)
+                counts = self._count_in_loop(candidates, of_real, counts)
             scores = scores if is_real is None else scores.where(is_real, torch.inf)
             all_drawn = self._keep_draws(candidates, is_real)  # (B, N)
             # 5. Remask. Lowest scores first. The sort is stable, so equal scores give the same result on every device.
@@ -242,8 +269,11 @@ class _Run:
             yield DecodingStep(step, all_drawn, was_masked, self.masked, all_scores, self.confidence)
             # The columns are sorted by score, so those that stay masked come first: they need no second sort,
             # except when the selector has masked positions that are not among the columns.
-            after = counts.after
-            positions = _sort_masked_first(self.masked, after) if has_remasked else by_score[:, : max(after)]
+            before = counts.after
+            if selector.sees_decided:
+                positions = every_unknown
+            else:
+                positions = _sort_masked_first(self.masked, before) if has_remasked else by_score[:, : max(before)]
 
     def _draw(self, logits: Tensor, positions: Tensor, step: int) -> Candidates:
         """Draws a code for each of ``positions`` (B, M) from ``logits`` (B, M, K)."""
@@ -258,7 +288,7 @@ class _Run:
             progress=step_progress(step, self.num_steps),
             sharpness=self.selector.sharpness(progress),
         )
-        return Candidates(
+        candidates = Candidates(
             log_probs=logits.log_softmax(-1),
             tokens=drawn,
             positions=positions,
@@ -266,6 +296,32 @@ class _Run:
             progress=progress,
             grid=self.grid,
         )
+        if self.selector.sees_previous:
+            candidates = replace(candidates, previous=self._exchange_log_probs(candidates))
+        if self.selector.sees_decided:
+            is_masked, codes = self.masked.gather(1, positions), self.tokens.gather(1, positions)
+            candidates = replace(candidates, decided=codes.masked_fill(is_masked, -1))
+            candidates = replace(candidates, tokens=self.selector.revise(candidates))
+        return candidates
+
+    def _exchange_log_probs(self, candidates: Candidates) -> Tensor | None:
+        """Returns the log-probabilities (B, M, K) of the candidates in their last step, and keeps those of this one."""
+        current, size = candidates.log_probs, self.tokens.shape[1]
+        places = candidates.positions.unsqueeze(-1).expand_as(current)
+        known = self.log_probs
+        base = current.new_zeros(len(current), size, current.shape[-1]) if known is None else known
+        self.log_probs = base.scatter(1, places, current)
+        return None if known is None else known.gather(1, places)
+
+    def _count_in_loop(self, candidates: Candidates, scores: Tensor, counts: StepCounts) -> StepCounts:
+        """Returns the counts of a step whose selector sets them itself, which waits for the device."""
+        decided = [before - after for before, after in zip(counts.before, counts.after, strict=True)]
+        kept = self.selector.num_kept(candidates, scores, torch.tensor(decided).to(scores.device))
+        if kept is None:
+            return counts
+        pairs = zip(counts.before, kept.tolist(), strict=True)
+        after = [masked - max(min(int(number), masked), min(1, masked)) for masked, number in pairs]
+        return StepCounts(counts.before, after, [min(pair) for pair in zip(after, counts.remasked, strict=True)])
 
     def _keep_draws(self, candidates: Candidates, is_real: Tensor | None) -> Tensor:
         """Returns all tokens (B, N) after the draw, and keeps the probabilities of new codes as their confidence.
@@ -301,7 +357,7 @@ class DecodingStep:
         tokens: (B, N) int64 in [0, K): all tokens after the draw, before any is masked again.
         was_masked: (B, N) bool, True = masked before the step.
         still_masked: (B, N) bool, True = masked after the step; all False at the last step.
-        scores: (B, N) float32: the selector's scores where ``was_masked``, +inf elsewhere.
+        scores: (B, N) float32: the selector's scores of the candidates, +inf elsewhere.
         confidence: (B, N) float32 in [0, 1]: the probability that each code had when it was last drawn; 1 for
             codes that were given.
     """
@@ -408,6 +464,25 @@ def draw_start(seeds: Tensor, num_tokens: int, fraction: float, codebook_size: i
     return start.masked_fill(chance >= fraction, mask_token_id)
 
 
+def _corrupt(
+    predictor: Predictor, corruption: Corruption, seeds: Tensor, config: BackboneConfig, first_step: int
+) -> Predictor:
+    """Returns a predictor that shows the network corrupted tokens, by random numbers of the seed and the step."""
+    steps, mask_id = count(first_step), config.mask_token_id
+
+    def predict(tokens: Tensor, positions: Tensor) -> Tensor:
+        step = next(steps)
+
+        def uniform(name: str) -> Tensor:
+            stream = f"decode/corruption/{name}"
+            return random_uniform(stream, seed=seeds, index=0, epoch=step, count=config.num_tokens)
+
+        seen = corruption(tokens, tokens == mask_id, uniform, codebook_size=config.codebook_size, mask_token_id=mask_id)
+        return predictor(seen, positions)
+
+    return predict
+
+
 def decode_classes(
     model: ConditionalModel,
     labels: Sequence[int],
@@ -438,6 +513,7 @@ def decode_classes(
         ValueError: if a scale is positive, the network has no null class and ``negative_labels`` is None.
     """
     config, is_random = model.network.config, decoder.random_start > 0 and first_step == 0
+    is_plain = decoder.corruption is None and not is_random
     # The steps are computed lazily, under ``no_grad`` of the decoder; the shared first step is computed here.
     with torch.no_grad():
         predictor = build_class_predictor(
@@ -445,7 +521,7 @@ def decode_classes(
             labels,
             negative_labels=negative_labels,
             scales=scales[first_step:],
-            all_masked=tokens is None and not is_random,
+            all_masked=tokens is None and is_plain,
         )
     num_masked = None
     if tokens is None:
@@ -453,6 +529,8 @@ def decode_classes(
         tokens = torch.full(shape, config.mask_token_id, dtype=torch.int64, device=model.device)
         num_masked = [config.num_tokens] * len(labels)  # known without asking the device
     seed_tensor = torch.tensor(list(seeds), dtype=torch.int64, device=model.device)
+    if decoder.corruption is not None:
+        predictor = _corrupt(predictor, decoder.corruption, seed_tensor, config, first_step)
     if is_random:
         fraction, mask = decoder.random_start, config.mask_token_id
         start = draw_start(seed_tensor, config.num_tokens, fraction, config.codebook_size, mask_token_id=mask)

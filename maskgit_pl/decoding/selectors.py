@@ -1,8 +1,9 @@
 """Token selectors: the rules that choose the tokens that a decoding step keeps, and their registry.
 
 The mask schedule sets the number of tokens that stay masked. The selector scores the candidates, and those with the
-lowest scores are masked again. A selector may also sharpen the distribution that codes are drawn from, or mask tokens
-that earlier steps decided. Used by ``decoding.ParallelDecoder``.
+lowest scores are masked again. A selector may also sharpen the distribution that codes are drawn from, mask tokens
+that earlier steps decided, set the number of tokens itself (``num_kept``), or ask to see more than the masked tokens
+(``sees_previous``, ``sees_decided``). Used by ``decoding.ParallelDecoder``.
 
 Functions import torch where they need it, so the command line can list the names immediately. Your own selector is a
 registered frozen dataclass::
@@ -21,9 +22,9 @@ registered frozen dataclass::
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from maskgit_pl.checks import check_number
 from maskgit_pl.registry import Registry, derives_from
@@ -63,6 +64,10 @@ class Candidates:
         gumbel: (B, M) float32: standard Gumbel noise, a function of image, step and position.
         progress: (t + 1) / T, in (0, 1].
         grid: Rows and columns of tokens.
+        previous: (B, M, K) float32: ``log_probs`` of these positions when they were last candidates; None in the
+            first step, and unless the selector ``sees_previous``.
+        decided: (B, M) int64: the code that an earlier step decided, -1 where the token is masked; None unless the
+            selector ``sees_decided``.
     """
 
     log_probs: Tensor
@@ -71,6 +76,8 @@ class Candidates:
     gumbel: Tensor
     progress: float
     grid: tuple[int, int]
+    previous: Tensor | None = None
+    decided: Tensor | None = None
 
     @cached_property
     def drawn_log_probs(self) -> Tensor:
@@ -96,7 +103,16 @@ class TokenSelector(ABC):
     """A rule that scores candidates. The candidates with the highest scores are kept.
 
     Subclasses are frozen dataclasses. ``__call__`` is enough; the defaults of the other methods do nothing.
+
+    Attributes:
+        sees_previous: True to be given the log-probabilities of the step before, (B, N, K) that stay in memory.
+        sees_decided: True if all tokens that were unknown at the start are candidates in each step, those that
+            earlier steps decided too: with a low score they are masked again, and ``revise`` may change their codes.
+            The network predicts M = all of them each time. Where nothing is masked any more, the steps go on.
     """
+
+    sees_previous: ClassVar[bool] = False
+    sees_decided: ClassVar[bool] = False
 
     @abstractmethod
     def __call__(self, candidates: Candidates) -> Tensor:
@@ -104,6 +120,33 @@ class TokenSelector(ABC):
 
         Columns that only pad a row are scored too, and ignored.
         """
+
+    def revise(self, candidates: Candidates) -> Tensor:
+        """Returns the codes (B, M) int64 in [0, K) that are scored, for a selector that ``sees_decided``.
+
+        By default they are the draws at masked positions, and the code as it was at the others.
+        """
+        assert candidates.decided is not None
+        return candidates.tokens.where(candidates.decided < 0, candidates.decided)
+
+    def num_kept(self, candidates: Candidates, scores: Tensor, planned: Tensor) -> Tensor | None:
+        """Returns how many tokens the step decides, (B,) int64, in place of the mask schedule; None follows it.
+
+        The decoder clips the result to [1, masked tokens of the row], and the last step decides all. Decoding ends
+        when no token is masked. A number that comes from the logits is unknown to the host, which waits for the
+        device once a step.
+
+        Args:
+            candidates: The draws.
+            scores: (B, M) float32: their scores; -inf in padding and at tokens that are decided.
+            planned: (B,) int64: the number of tokens that the schedule decides in this step, >= 0.
+        """
+        return None
+
+    @property
+    def counts_in_loop(self) -> bool:
+        """True if the class has a ``num_kept`` of its own, so that the counts of the steps are not known before."""
+        return type(self).num_kept is not TokenSelector.num_kept
 
     def sharpness(self, progress: float) -> float:
         """Returns the positive number by which logits are multiplied before codes are drawn; ``progress`` in (0, 1]."""
@@ -139,10 +182,19 @@ def check_token_selector(name: str, selector: TokenSelector) -> None:
     for progress in (1 / 8, 1 / 2, 1.0):
         where = f"token selector {name!r} at progress {progress:g}"
         check_number(f"{where}: sharpness", selector.sharpness(progress), "(0, inf)")
-        scores = selector(Candidates(log_probs, log_probs.argmin(-1), positions, gumbel, progress, (2, 2)))
+        previous = log_probs.flip(1) if selector.sees_previous and progress > 1 / 8 else None
+        decided = (positions - 2).clamp(-1, 0) if selector.sees_decided else None  # two masked, two of code 0
+        drawn = log_probs.argmin(-1)
+        candidates = Candidates(log_probs, drawn, positions, gumbel, progress, (2, 2), previous, decided)
+        if selector.sees_decided:
+            candidates = replace(candidates, tokens=selector.revise(candidates))
+        scores = selector(candidates)
         is_tensor = isinstance(scores, torch.Tensor) and scores.is_floating_point()
         if not is_tensor or scores.shape != (2, 4) or not bool(scores.isfinite().all()):
             raise ValueError(f"{where}: scores must be a finite float tensor of shape (2, 4), got {shorten(scores)}")
+        kept = selector.num_kept(candidates, scores, torch.ones(2, dtype=torch.int64))
+        if kept is not None and (kept.shape != (2,) or kept.is_floating_point()):
+            raise ValueError(f"{where}: num_kept must be an integer tensor of shape (2,), got {shorten(kept)}")
 
 
 token_selectors: Registry[TokenSelector] = Registry(

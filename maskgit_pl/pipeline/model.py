@@ -181,6 +181,7 @@ class MaskGIT:
                 decoding=transformer.decoding,
                 class_names=transformer.class_names,
                 tokenizer_fingerprint=tokenizer,
+                corruption=transformer.corruption,
             )
         if self.negative_model is None and (folder / NEGATIVE).is_dir():
             check_stage_folder(folder / NEGATIVE)

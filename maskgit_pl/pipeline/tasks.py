@@ -78,7 +78,7 @@ def decode(
         model.bind(None if request.vectors is None else request.vectors.to(device)),
         request.labels,
         request.seeds,
-        decoder=decoding.build_decoder(transformer.mask_schedule),
+        decoder=decoding.build_decoder(transformer.mask_schedule, transformer.corruption),
         scales=decoding.scales(),
         negative_labels=negative,
         tokens=tokens,

@@ -24,6 +24,7 @@ from maskgit_pl.checks import ImageSize, build_dataclass, check_class_names, che
 from maskgit_pl.decoding import DecodingConfig, FirstStepLogits
 from maskgit_pl.files import read_json, sha256_of, write_tensors, write_text
 from maskgit_pl.folders import check_only_known, write_folder
+from maskgit_pl.masking import Corruption, corruptions
 from maskgit_pl.networks.backbone import Backbone, BackboneConfig, build_config, create_network
 from maskgit_pl.networks.kernels import WeightWatch, free_packed
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig, to_unit_range
@@ -124,6 +125,7 @@ class PretrainedTransformer:
         class_names: Name of each class.
         tokenizer_fingerprint: Fingerprint of the tokenizer whose tokens it predicts.
         folder: Folder that it was read from; None if it came from memory.
+        corruption: Corruption of its training, if decoding shows it, too; None for all others.
     """
 
     network: Backbone
@@ -132,6 +134,7 @@ class PretrainedTransformer:
     class_names: tuple[str, ...]
     tokenizer_fingerprint: str
     folder: Path | None = None
+    corruption: Corruption | None = None
 
     @cached_property
     def first_step(self) -> FirstStepLogits:
@@ -248,6 +251,7 @@ def save_transformer(
     decoding: DecodingConfig,
     class_names: tuple[str, ...],
     tokenizer_fingerprint: str,
+    corruption: Corruption | None = None,
 ) -> None:
     """Writes a transformer folder; an older one is replaced when the new one is complete.
 
@@ -259,7 +263,9 @@ def save_transformer(
         decoding: See ``PretrainedTransformer``.
         class_names: See ``PretrainedTransformer``.
         tokenizer_fingerprint: See ``PretrainedTransformer``.
+        corruption: See ``PretrainedTransformer``.
     """
+    of_decoding = {} if corruption is None else {"corruption": corruptions.spec(corruption)}
     _save(
         folder,
         "transformer",
@@ -270,6 +276,7 @@ def save_transformer(
             "decoding": asdict(decoding),
             "class_names": list(class_names),
             "tokenizer_fingerprint": tokenizer_fingerprint,
+            **of_decoding,
         },
     )
 
@@ -464,6 +471,7 @@ def _parse_transformer(content: Mapping[str, Any], file: Path) -> tuple[Backbone
     class_names = check_class_names(f"{file}: class_names", content["class_names"], network.num_classes)
     try:
         schedule = None if spec is None else mask_schedules.build(spec)
+        corruption = corruptions.build(content["corruption"]) if "corruption" in content else None
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
     return network, {
@@ -471,6 +479,7 @@ def _parse_transformer(content: Mapping[str, Any], file: Path) -> tuple[Backbone
         "decoding": decoding,
         "class_names": class_names,
         "tokenizer_fingerprint": tokenizer,
+        "corruption": corruption,
     }
 
 

@@ -8,17 +8,23 @@ Yours is a registered frozen dataclass::
     class Sum(Objective):
         def __call__(self, tokens: TokenLosses) -> Tensor:
             return tokens.sum_rows(tokens.losses).mean()
+
+One that needs more than the cross-entropies names it in ``needs``: an objective of the logits, such as soft targets, or
+of hidden states, such as an alignment of representations.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from torch import Tensor
+from torch import Tensor, nn
 
 from maskgit_pl.checks import check_number
 from maskgit_pl.networks.backbone import likeliest_tokens, split_tokens
@@ -104,12 +110,21 @@ class TokenLosses:
         rows: (M,) int64 in [0, B): the image of each token.
         num_rows: B, images of the batch.
         is_masked: (M,) bool, False for tokens that the network saw.
+        targets: (M,) int64 in [0, K): the true codes. This and the following are None unless the objective needs them.
+        logits: (M, V) float32, with a graph; of all M tokens at once, however large.
+        hidden: Outputs of each block of the network, in the shapes that the network gives them: (B, N, D) of all
+            tokens, with further columns or rows in some networks, and in the last block the M tokens only.
+        code_vectors: (K, D) float32: the vectors of the codes of the tokenizer.
     """
 
     losses: Tensor
     rows: Tensor
     num_rows: int
     is_masked: Tensor
+    targets: Tensor | None = None
+    logits: Tensor | None = None
+    hidden: tuple[Tensor, ...] | None = None
+    code_vectors: Tensor | None = None
 
     def sum_rows(self, values: Tensor) -> Tensor:
         """Returns (B,) float32: the sums of ``values`` (M,) over the tokens of each image."""
@@ -123,16 +138,39 @@ class Objective(ABC):
 
     Attributes:
         visible_weight: Weight of visible tokens. Above 0, all tokens are predicted.
+        needs: Names of the fields of ``TokenLosses`` that it reads beside the cross-entropies: ``targets``,
+            ``logits``, ``hidden`` or ``code_vectors``. They are computed in training only.
     """
 
     visible_weight: float = 0.0
+    needs: ClassVar[frozenset[str]] = frozenset()
 
     @abstractmethod
     def __call__(self, tokens: TokenLosses) -> Tensor:
         """Returns the loss of a batch, scalar float32: a mean over images, so that it does not depend on the ranks."""
 
 
-objectives: Registry[Objective] = Registry("objective", "maskgit_pl.objectives", check=derives_from(Objective))
+def _check_objective(name: str, objective: Objective) -> None:
+    derives_from(Objective)(name, objective)
+    if unknown := objective.needs - {"targets", "logits", "hidden", "code_vectors"}:
+        raise ValueError(
+            f"objective {name!r}: needs must be of targets, logits, hidden and code_vectors, got {sorted(unknown)}"
+        )
+
+
+objectives: Registry[Objective] = Registry("objective", "maskgit_pl.objectives", check=_check_objective)
+
+
+@contextmanager
+def outputs_of(blocks: Iterable[nn.Module], *, kept: bool) -> Iterator[list[Tensor]]:
+    """Collects the outputs of blocks while it is open, for ``TokenLosses.hidden``; none if not ``kept``."""
+    outputs: list[Tensor] = []
+    handles = [block.register_forward_hook(lambda *call: outputs.append(call[-1])) for block in blocks if kept]
+    try:
+        yield outputs
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @objectives.register("masked_cross_entropy")

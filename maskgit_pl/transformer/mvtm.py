@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from functools import cached_property
 from typing import Any
@@ -19,8 +19,9 @@ from maskgit_pl.data.batches import Batch
 from maskgit_pl.decoding.config import DecodingConfig, set_specs
 from maskgit_pl.decoding.decoder import DecodingStep, decode_classes
 from maskgit_pl.decoding.predictors import ConditionalModel
-from maskgit_pl.masking import Draws, MaskSampler, mask_positions, mask_ratios
+from maskgit_pl.masking import Corruption, Draws, Mask, MaskSampler, corruptions, mask_positions, mask_ratios
 from maskgit_pl.networks.backbone import create_network
+from maskgit_pl.randomness import random_uniform
 from maskgit_pl.schedules import mask_schedules
 from maskgit_pl.transformer.losses import Objective, TokenLosses, objectives
 from maskgit_pl.transformer.token_model import NUM_BINS, TokenModel, TokenModelConfig, check_decoding
@@ -37,6 +38,7 @@ class MaskedTokenConfig(TokenModelConfig):
             following parts may be objects of registered classes, too.
         mask_ratio: Name or mapping of a registered distribution of the mask ratio in training.
         mask_positions: Name or mapping of a registered rule for the positions that are masked in training.
+        corruption: Name or mapping of a registered corruption, what the network sees of the tokens in training.
         objective: Name or mapping of a registered objective, the loss of the training.
         decoding: Decoding settings for sample images, and of the exported model.
 
@@ -50,6 +52,7 @@ class MaskedTokenConfig(TokenModelConfig):
     mask_schedule: str | dict[str, Any] = "cosine"
     mask_ratio: str | dict[str, Any] = "schedule"
     mask_positions: str | dict[str, Any] = "uniform"
+    corruption: str | dict[str, Any] = "mask"
     objective: str | dict[str, Any] = "masked_cross_entropy"
     decoding: DecodingConfig = field(default=DecodingConfig(), metadata=MAY_CHANGE)  # only of pictures and exports
 
@@ -61,10 +64,11 @@ class MaskedTokenConfig(TokenModelConfig):
             mask_schedule=mask_schedules,
             mask_ratio=mask_ratios,
             mask_positions=mask_positions,
+            corruption=corruptions,
             objective=objectives,
         )
         check_integer("global_batch", self.global_batch, "[1, 4294967296]")
-        _ = self.sampler, self.built_objective  # raises if a part is unknown or wrong
+        _ = self.sampler, self.built_corruption, self.built_objective  # raises if a part is unknown or wrong
         check_decoding(self.decoding, self.network, is_autoregressive=False)
 
     @cached_property
@@ -76,6 +80,11 @@ class MaskedTokenConfig(TokenModelConfig):
             mask_ratios.build(self.mask_ratio),
             mask_positions.build(self.mask_positions),
         )
+
+    @cached_property
+    def built_corruption(self) -> Corruption:
+        """The corruption that ``corruption`` names."""
+        return corruptions.build(self.corruption)
 
     @cached_property
     def built_objective(self) -> Objective:
@@ -95,7 +104,9 @@ class MaskedTokenModel(TokenModel):
         # One schedule for training and decoding.
         self.mask_sampler = config.sampler
         self.mask_schedule = config.sampler.mask_schedule
-        self.decoder = config.decoding.build_decoder(self.mask_schedule)
+        self.corruption = config.built_corruption
+        self.decoding_corruption = self.corruption if self.corruption.in_decoding else None
+        self.decoder = config.decoding.build_decoder(self.mask_schedule, self.decoding_corruption)
         self.objective = config.built_objective
 
     def on_fit_start(self) -> None:
@@ -126,13 +137,27 @@ class MaskedTokenModel(TokenModel):
             return draws._replace(positions=torch.arange(mask.numel(), device=mask.device))  # all tokens are predicted
         return draws
 
-    def _hide(self, tokens: Tensor, mask: Tensor) -> Tensor:
-        """Returns tokens (B, N) with the mask token in place of those of ``mask`` (B, N) bool."""
-        return tokens.masked_fill(mask, self.config.network.mask_token_id)
+    @property
+    def _needs(self) -> frozenset[str]:
+        return self.objective.needs
 
-    def _average(self, losses: Tensor, draws: Draws) -> Tensor:
+    def _hide(self, tokens: Tensor, batch: Batch) -> Tensor:
+        """Returns the corrupted tokens; in validation those of masks only, unless the corruption is of decoding too."""
+        network, corruption = self.config.network, self.corruption
+
+        def uniform(name: str) -> Tensor:
+            seed, size = self.config.seed, network.num_tokens
+            return random_uniform(f"corruption/{name}", seed=seed, index=batch.index, epoch=batch.epoch, count=size)
+
+        seen = corruption if self.training or corruption.in_decoding else Mask()
+        codes, mask_id = network.codebook_size, network.mask_token_id
+        return seen(tokens, batch.step_draws.mask, uniform, codebook_size=codes, mask_token_id=mask_id)
+
+    def _average(self, losses: Tensor, draws: Draws, extras: Mapping[str, Any]) -> Tensor:
         """Returns the loss of the paper, the cross-entropy at the masked tokens, or another objective."""
-        return self.objective(TokenLosses(losses, draws.rows, len(draws.mask), draws.is_masked))
+        if not self.training and self.objective.needs:
+            return super()._average(losses, draws, {})  # the loss of the paper: validation logs no other
+        return self.objective(TokenLosses(losses, draws.rows, len(draws.mask), draws.is_masked, **extras))
 
     def _assign_bins(self, mask: Tensor, positions: Tensor) -> Tensor:
         """Groups tokens by the mask ratio of their row: bin i holds ratios in (i / 4, (i + 1) / 4]."""

@@ -9,9 +9,10 @@ training step does for each micro-batch (the code of this file repeats the numbe
    epoch). The null class also hides the vector of the sample, if the network is conditioned on vectors.
 3. Seed dropout with (seed, step, micro-batch, rank).
 4. Take the tokens (B, N) of the batch, or flip some of its images and encode them with the frozen tokenizer.
-5. Replace the masked tokens by the mask token (causal attention keeps all tokens), and compute logits at the
-   M predicted tokens only.
-6. Compute the loss, with label smoothing: the mean over rows of (sum of the row's cross-entropies / their number).
+5. Replace the masked tokens by the mask token, or corrupt the tokens in another way (causal attention keeps all
+   tokens), and compute logits at the M predicted tokens only.
+6. Compute the loss, with label smoothing: the mean over rows of (sum of the row's cross-entropies / their number), or
+   another objective, with the logits and hidden states that it asks for.
 
 The data modules run 1 and 2 on the host, before the batch is copied to the device (``draw_on_host``). M is then known
 on the host, so that no later operation has a size that depends on values, and the host does not wait for the device.
@@ -27,7 +28,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -46,7 +47,7 @@ from maskgit_pl.checks import MAY_CHANGE, check_class_names, check_folder, check
 from maskgit_pl.data.batches import Batch, check_batch, flip
 from maskgit_pl.decoding.config import DecodingConfig
 from maskgit_pl.decoding.decoder import DecodingStep
-from maskgit_pl.masking import Draws, true_positions
+from maskgit_pl.masking import Corruption, Draws, true_positions
 from maskgit_pl.networks.backbone import Backbone, BackboneConfig, Vocabulary, read_config_values
 from maskgit_pl.networks.vqgan import to_unit_range
 from maskgit_pl.pretrained.fine_tuning import weights_for
@@ -69,7 +70,7 @@ from maskgit_pl.training.strategies import (
     prepare_blocks,
     shard_blocks,
 )
-from maskgit_pl.transformer.losses import mean_over_rows, token_statistics
+from maskgit_pl.transformer.losses import mean_over_rows, outputs_of, token_statistics
 
 NUM_BINS = 4
 """The number of groups of predicted tokens whose losses are logged separately."""
@@ -176,6 +177,7 @@ class TokenModel(LightningModule):
 
     config: TokenModelConfig
     mask_schedule_spec: str | dict[str, Any] | None = None  # in the form of a recipe; None with causal attention
+    decoding_corruption: Corruption | None = None  # of models whose decoding shows corrupted tokens, too
     binned_by: str  # the quantity that ``_assign_bins`` groups by, in the names of logged values
     step_check: StepCheck | None = None
     _skips_update = False
@@ -313,30 +315,53 @@ class TokenModel(LightningModule):
         """
         draws, config = batch.step_draws, self.config.network
         targets = tokens.flatten()[draws.positions]  # (M,)
+        needs = self._needs if self.training else frozenset()
 
         def measure(logits: Tensor, place: slice) -> Tensor:
-            return token_statistics(
+            statistics = token_statistics(
                 logits, targets[place], label_smoothing=smoothing, num_token_groups=config.num_token_groups
             )
+            return torch.cat([statistics, logits], dim=1) if "logits" in needs else statistics
 
-        statistics = network.measure_selected(
-            self._hide(tokens, draws.mask),  # 5
-            draws.labels,
-            draws.positions,
-            measure,
-            vectors=batch.vectors_for(config.condition_dim),
-            vocabulary=self.config.loss_columns,
-        )
-        losses, nll, hits = statistics.unbind(1)
+        with outputs_of(network.blocks, kept="hidden" in needs) as hidden:
+            measures = network.measure_selected(
+                self._hide(tokens, batch),  # 5
+                draws.labels,
+                draws.positions,
+                measure,
+                vectors=batch.vectors_for(config.condition_dim),
+                vocabulary=self.config.loss_columns,
+            )
+        losses, nll, hits = measures[:, :3].unbind(1)
+        extras = {
+            "targets": lambda: targets,
+            "logits": lambda: measures[:, 3:],
+            "hidden": lambda: tuple(hidden),
+            "code_vectors": self._code_vectors,
+        }
+        loss = self._average(losses, draws, {name: extras[name]() for name in needs})  # 6
         # A column of a tensor with a graph has one: sums of the logs would keep the graphs of their steps.
-        return StepLosses(self._average(losses, draws), nll.detach(), hits.detach())  # 6
+        return StepLosses(loss, nll.detach(), hits.detach())
 
-    def _hide(self, tokens: Tensor, mask: Tensor) -> Tensor:
-        """Returns what the network sees of tokens (B, N), of which those of ``mask`` (B, N) bool are predicted."""
+    @property
+    def _needs(self) -> frozenset[str]:
+        """What the loss asks for beside the cross-entropies, see ``losses.Objective``."""
+        return frozenset()
+
+    def _hide(self, tokens: Tensor, batch: Batch) -> Tensor:
+        """Returns what the network sees of the tokens (B, N) of a batch with its draws."""
         return tokens
 
-    def _average(self, losses: Tensor, draws: Draws) -> Tensor:
-        """Returns the loss, scalar float32, from the cross-entropies (M,) float32 of the predicted tokens."""
+    def _code_vectors(self) -> Tensor:
+        """Returns the vectors (K, D) float32 of the codes of the tokenizer."""
+        quantizer = self.tokenizer.network.quantizer
+        return quantizer.lookup(torch.arange(quantizer.codebook_size, device=self.device)).float()
+
+    def _average(self, losses: Tensor, draws: Draws, extras: Mapping[str, Any]) -> Tensor:
+        """Returns the loss, scalar float32, from the cross-entropies (M,) float32 of the predicted tokens.
+
+        ``extras`` are the values that ``_needs`` names.
+        """
         return mean_over_rows(losses, draws.rows, num_rows=len(draws.mask))
 
     # 7, 8: the optimizer and the average
@@ -481,6 +506,7 @@ class TokenModel(LightningModule):
                 decoding=self.decoding,
                 class_names=names,
                 tokenizer_fingerprint=self.tokenizer.fingerprint,
+                corruption=self.decoding_corruption,
             )
 
 
