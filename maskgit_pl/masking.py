@@ -1,13 +1,11 @@
-"""The masks of training: how many tokens of an image are masked, which, and what the network sees. Section 3.1.
+"""The masks of training: how many tokens of an image are masked, and which. Section 3.1 of the paper.
 
 ``MaskSampler`` draws them for ``mvtm.MaskedTokenModel``. It holds the mask schedule that decoding follows
 too, a ``MaskRatio`` (by default gamma(u), the ratio of that schedule) and ``MaskPositions`` (by default
-uniform). ``evaluation.likelihood`` draws masks with ``UniformPositions``. A ``Corruption`` hides the masked tokens, and
-may change others.
+uniform). ``evaluation.likelihood`` draws masks with ``UniformPositions``.
 
 A mask ratio is a function of a uniform number u, usually its inverse cumulative distribution: the u of a global batch
-are stratified, so the ratios are stratified too. Your own ratios, positions and corruptions are registered frozen
-dataclasses::
+are stratified, so the ratios are stratified too. Your own ratios and positions are registered frozen dataclasses::
 
     @mask_ratios.register("quarter")
     @dataclass(frozen=True)
@@ -20,23 +18,15 @@ dataclasses::
     class Top(MaskPositions):
         def order(self, num_tokens, *, grid, seed, index, epoch):
             return torch.arange(num_tokens, device=index.device).expand(len(index), -1)
-
-    @corruptions.register("noisy")
-    @dataclass(frozen=True)
-    class Noisy(Corruption):
-        def __call__(self, tokens, mask, uniform, *, codebook_size, mask_token_id):
-            codes = (uniform("codes") * codebook_size).long()
-            return codes.where(uniform("which") < 0.1, tokens).masked_fill(mask, mask_token_id)
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import ClassVar, NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,26 +35,19 @@ from maskgit_pl.checks import check_number
 from maskgit_pl.randomness import random_bits, random_uniform
 from maskgit_pl.registry import Registry, derives_from
 from maskgit_pl.schedules import MaskSchedule, halton_order, mask_schedules, num_masked
-from maskgit_pl.text import shorten
 
 __all__ = [
-    "Corruption",
     "Draws",
-    "Mask",
     "MaskPositions",
     "MaskRatio",
     "MaskSampler",
-    "Uniform",
     "UniformPositions",
-    "corruptions",
     "mask_positions",
     "mask_ratios",
     "true_positions",
 ]
 
 Grid = tuple[int, int]
-Uniform: TypeAlias = Callable[[str], Tensor]
-"""Name of a stream -> uniform numbers (B, N) float32 in (0, 1), which depend on the samples only."""
 
 _CHECKED_POINTS = 257  # with the quarters of [0, 1]
 
@@ -323,59 +306,6 @@ class HaltonPositions(MaskPositions):
 @lru_cache(maxsize=16)
 def _halton_tensor(grid: Grid, device: torch.device) -> Tensor:
     return torch.tensor(halton_order(grid)).to(device)
-
-
-class Corruption(ABC):
-    """What the network sees in place of the tokens of an image. Subclasses are frozen dataclasses.
-
-    It is applied in the training step, after the masks are drawn. Which tokens the loss predicts is set by the mask and
-    the objective: with ``visible_weight`` above 0 the network learns to mend changed tokens, too.
-
-    Attributes:
-        in_decoding: True if validation and each decoding step show corrupted tokens, too. It is then stored with the
-            weights.
-    """
-
-    in_decoding: ClassVar[bool] = False
-
-    @abstractmethod
-    def __call__(
-        self, tokens: Tensor, mask: Tensor, uniform: Uniform, *, codebook_size: int, mask_token_id: int
-    ) -> Tensor:
-        """Returns what the network sees, (B, N) int64: codes, or ids of mask tokens.
-
-        Args:
-            tokens: (B, N) int64 in [0, K): the tokens; in decoding, the mask token where ``mask`` is True.
-            mask: (B, N) bool, True = masked.
-            uniform: Random numbers: a function of seed, sample and epoch, or of seed and step in decoding.
-            codebook_size: K.
-            mask_token_id: Id of the mask token, the last row of the embedding.
-        """
-
-
-def _check_corruption(name: str, corruption: Corruption) -> None:
-    """Checks that a corruption hides the masked tokens of two images and gives integers of their shape."""
-    derives_from(Corruption)(name, corruption)
-    tokens, mask = torch.zeros(2, 6, dtype=torch.int64), torch.arange(12).view(2, 6) % 3 > 0
-    seen = corruption(tokens, mask, lambda stream: torch.full((2, 6), 0.5), codebook_size=4, mask_token_id=99)
-    if seen.dtype != torch.int64 or seen.shape != (2, 6) or bool(((seen < 4) & mask).any()):
-        raise ValueError(
-            f"corruption {name!r}: masked tokens must be mask tokens, and all (2, 6) int64, got {shorten(seen)}"
-        )
-
-
-corruptions: Registry[Corruption] = Registry("corruption", "maskgit_pl.corruptions", check=_check_corruption)
-
-
-@corruptions.register("mask")
-@dataclass(frozen=True)
-class Mask(Corruption):
-    """The mask token in place of the masked tokens. All others are shown. Source: paper, training objective."""
-
-    def __call__(
-        self, tokens: Tensor, mask: Tensor, uniform: Uniform, *, codebook_size: int, mask_token_id: int
-    ) -> Tensor:
-        return tokens.masked_fill(mask, mask_token_id)
 
 
 class Draws(NamedTuple):

@@ -259,7 +259,9 @@ def works(made: object) -> bool:
         mask = sampler.mask(16, index=slot, epoch=slot, position=slot, global_batch=8, grid=(4, 4))
         return bool(mask.any(1).all())
     if isinstance(made, Objective):
-        return bool(made(TokenLosses(torch.ones(2), torch.arange(2), 2, torch.ones(2, dtype=torch.bool))).isfinite())
+        values, rows, is_masked = torch.ones(2), torch.arange(2), torch.ones(2, dtype=torch.bool)
+        asked = {"targets": rows, "logits": torch.eye(2), "code_vectors": torch.eye(2)}
+        return bool(made(TokenLosses(values, rows, 2, is_masked, **asked)).isfinite())
     if hasattr(made, "label") or isinstance(made, LPIPSSpec):
         return isinstance(getattr(made, "label", ""), str)  # networks of features read files when they are made
     if isinstance(made, DiscriminatorConfig | PatchDiscriminatorConfig):

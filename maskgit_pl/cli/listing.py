@@ -29,6 +29,7 @@ REGISTRIES = {  # module of each registry, by the name of the registry
     "mask_schedules": "schedules",
     "mask_ratios": "masking",
     "mask_positions": "masking",
+    "corruptions": "decoding.corruption",
     "objectives": "transformer.losses",
     "distillations": "transformer.distillation",
     "backbones": "networks.backbone",

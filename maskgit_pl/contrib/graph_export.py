@@ -194,6 +194,11 @@ def _describe_steps(pipe: MaskGIT) -> Mapping[str, list[float]]:
     if decoding.is_autoregressive:
         return numbers
     decoder = decoding.build_decoder(pipe.transformer.mask_schedule)
+    if decoder.token_selector.counts_in_loop:
+        raise ValueError(
+            f"token_selector must follow the counts of the schedule to be exported, got {decoding.token_selector!r}; "
+            "choose another one in the decoding of the model"
+        )
     counts = [step.before[0] for step in decoder.plan([num_tokens], num_tokens)]
     return {"num_masked": [*counts, 0], **numbers}
 

@@ -22,8 +22,8 @@ from maskgit_pl.schedules import MaskSchedule, mask_schedules
 
 if TYPE_CHECKING:
     from maskgit_pl.decoding.autoregressive import AutoregressiveDecoder
+    from maskgit_pl.decoding.corruption import Corruption
     from maskgit_pl.decoding.decoder import ParallelDecoder
-    from maskgit_pl.masking import Corruption
 
 _MOST_STEPS = 2**16  # the tokens of the largest grid
 # The settings that an autoregressive model does not have: it masks nothing, and its order is fixed.

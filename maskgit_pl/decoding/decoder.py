@@ -32,6 +32,7 @@ from itertools import accumulate, count
 import torch
 from torch import Tensor
 
+from maskgit_pl.decoding.corruption import Corruption
 from maskgit_pl.decoding.guidance import step_progress
 from maskgit_pl.decoding.predictors import (
     ConditionalModel,
@@ -41,7 +42,6 @@ from maskgit_pl.decoding.predictors import (
 )
 from maskgit_pl.decoding.sampling import CodeSampling, Noise
 from maskgit_pl.decoding.selectors import Candidates, Decided, TokenSelector
-from maskgit_pl.masking import Corruption
 from maskgit_pl.networks.backbone import BackboneConfig
 from maskgit_pl.randomness import gumbel, gumbel_rows, random_bits, random_uniform, uniform_of
 from maskgit_pl.schedules import MaskSchedule, num_masked
@@ -320,7 +320,7 @@ class _Run:
         if kept is None:
             return counts
         pairs = zip(counts.before, kept.tolist(), strict=True)
-        after = [masked - max(min(int(number), masked), min(1, masked)) for masked, number in pairs]
+        after = [masked - max(0, min(number, masked)) for masked, number in pairs]
         return StepCounts(counts.before, after, [min(pair) for pair in zip(after, counts.remasked, strict=True)])
 
     def _keep_draws(self, candidates: Candidates, is_real: Tensor | None) -> Tensor:

@@ -132,13 +132,13 @@ class TokenSelector(ABC):
     def num_kept(self, candidates: Candidates, scores: Tensor, planned: Tensor) -> Tensor | None:
         """Returns how many tokens the step decides, (B,) int64, in place of the mask schedule; None follows it.
 
-        The decoder clips the result to [1, masked tokens of the row], and the last step decides all. Decoding ends
+        The decoder clips the result to [0, masked tokens of the row], and the last step decides all. Decoding ends
         when no token is masked. A number that comes from the logits is unknown to the host, which waits for the
         device once a step.
 
         Args:
             candidates: The draws.
-            scores: (B, M) float32: their scores; -inf in padding and at tokens that are decided.
+            scores: (B, M) float32: their scores; -inf in padding.
             planned: (B,) int64: the number of tokens that the schedule decides in this step, >= 0.
         """
         return None
@@ -198,7 +198,10 @@ def check_token_selector(name: str, selector: TokenSelector) -> None:
 
 
 token_selectors: Registry[TokenSelector] = Registry(
-    "token selector", "maskgit_pl.token_selectors", check=check_token_selector
+    "token selector",
+    "maskgit_pl.token_selectors",
+    check=check_token_selector,
+    modules=tuple(f"maskgit_pl.contrib.{name}" for name in ("entropy_bound", "klass", "p2")),
 )
 
 

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 from maskgit_pl.checks import ImageSize, build_dataclass, check_class_names, check_image_size, check_keys, height_width
 from maskgit_pl.decoding import DecodingConfig, FirstStepLogits
+from maskgit_pl.decoding.corruption import Corruption, corruptions
 from maskgit_pl.files import read_json, sha256_of, write_tensors, write_text
 from maskgit_pl.folders import check_only_known, write_folder
-from maskgit_pl.masking import Corruption, corruptions
 from maskgit_pl.networks.backbone import Backbone, BackboneConfig, build_config, create_network
 from maskgit_pl.networks.kernels import WeightWatch, free_packed
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig, to_unit_range

@@ -158,7 +158,9 @@ def _check_objective(name: str, objective: Objective) -> None:
         )
 
 
-objectives: Registry[Objective] = Registry("objective", "maskgit_pl.objectives", check=_check_objective)
+objectives: Registry[Objective] = Registry(
+    "objective", "maskgit_pl.objectives", check=_check_objective, modules=("maskgit_pl.contrib.soft_targets",)
+)
 
 
 @contextmanager

@@ -17,9 +17,10 @@ from torch import Tensor
 from maskgit_pl.checks import MAY_CHANGE, check_choice, check_integer
 from maskgit_pl.data.batches import Batch
 from maskgit_pl.decoding.config import DecodingConfig, set_specs
+from maskgit_pl.decoding.corruption import Corruption, Mask, corruptions
 from maskgit_pl.decoding.decoder import DecodingStep, decode_classes
 from maskgit_pl.decoding.predictors import ConditionalModel
-from maskgit_pl.masking import Corruption, Draws, Mask, MaskSampler, corruptions, mask_positions, mask_ratios
+from maskgit_pl.masking import Draws, MaskSampler, mask_positions, mask_ratios
 from maskgit_pl.networks.backbone import create_network
 from maskgit_pl.randomness import random_uniform
 from maskgit_pl.schedules import mask_schedules

@@ -46,8 +46,9 @@ from torchmetrics import MeanMetric
 from maskgit_pl.checks import MAY_CHANGE, check_class_names, check_folder, check_number, check_seed, height_width
 from maskgit_pl.data.batches import Batch, check_batch, flip
 from maskgit_pl.decoding.config import DecodingConfig
+from maskgit_pl.decoding.corruption import Corruption
 from maskgit_pl.decoding.decoder import DecodingStep
-from maskgit_pl.masking import Corruption, Draws, true_positions
+from maskgit_pl.masking import Draws, true_positions
 from maskgit_pl.networks.backbone import Backbone, BackboneConfig, Vocabulary, read_config_values
 from maskgit_pl.networks.vqgan import to_unit_range
 from maskgit_pl.pretrained.fine_tuning import weights_for

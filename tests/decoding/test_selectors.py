@@ -39,7 +39,8 @@ def impossible_and_certain() -> Candidates:
     logits[:, 0, :2] = 0  # one code is impossible
     logits[:, 1:, 0] = 0  # one code is certain
     tokens, log_probs = torch.zeros(1, 3, dtype=torch.int64), logits.log_softmax(-1)
-    return Candidates(log_probs, tokens, torch.arange(3)[None], torch.zeros(1, 3), 0.5, (1, 3))
+    decided = torch.tensor([[0, 1, -1]])
+    return Candidates(log_probs, tokens, torch.arange(3)[None], torch.zeros(1, 3), 0.5, (1, 3), log_probs, decided)
 
 
 @every_selector
@@ -71,7 +72,7 @@ def test_contract_all_tokens_are_known_at_the_end_and_given_ones_stay(spec, num_
 
 
 @pytest.mark.parametrize("first_step", [0, 2])
-@every_selector
+@pytest.mark.parametrize("spec", [spec for spec in EVERY if not token_selectors.build(spec).counts_in_loop], ids=str)
 def test_contract_the_number_of_masked_tokens_follows_the_schedule(spec, first_step):
     decoder = decoder_of(spec)
     steps = run(partly_known(MIXED), decoder, first_step=first_step)
@@ -95,7 +96,7 @@ def test_contract_an_image_depends_on_its_seed_and_not_on_its_batch(spec):
     assert not torch.equal(first, second)
 
 
-@every_selector
+@pytest.mark.parametrize("spec", [spec for spec in EVERY if not token_selectors.build(spec).sees_decided], ids=str)
 def test_contract_decided_tokens_and_their_confidence_stay_until_redrawn(spec):
     decoder, tokens, still_masked = decoder_of(spec), partly_known(MIXED), None
     confidence = torch.ones(tokens.shape)
@@ -174,6 +175,73 @@ def test_one_method_is_enough_for_a_selector():
     assert torch.equal(run(tokens, decoder)[-1].tokens, run(tokens, decoder_of("random"))[-1].tokens)
 
 
+def test_a_selector_may_set_the_number_of_tokens_of_each_step():
+    """Three a step: a row ends when none is masked, and the decoding with its last row."""
+    three = selector_with(num_kept=lambda self, candidates, scores, planned: torch.full_like(planned, 3))
+    assert three.counts_in_loop
+    steps = run(partly_known(MIXED), ParallelDecoder(mask_schedules.build("cosine"), three, num_steps=16))
+    masked = [step.still_masked.sum(1).tolist() for step in steps]
+    expected = [[max(0, start - 3 * (step + 1)) for start in MIXED] for step in range(6)]
+    assert masked == expected
+    late = ParallelDecoder(mask_schedules.build("cosine"), three, num_steps=3)
+    assert not run(ALL_MASKED, late)[-1].still_masked.any()  # the last step decides all
+
+
+def test_a_number_of_tokens_that_is_that_of_the_plan_changes_no_token():
+    planned = selector_with(
+        __call__=lambda self, candidates: candidates.drawn_log_probs,
+        num_kept=lambda self, candidates, scores, planned: planned,
+    )
+    tokens, same = partly_known(MIXED), {"name": "confidence", "choice_temperature": 0.0}
+    decoder = ParallelDecoder(mask_schedules.build("cosine"), planned, num_steps=6)
+    for mine, other in zip(run(tokens, decoder), run(tokens, decoder_of(same)), strict=True):
+        assert torch.equal(mine.tokens, other.tokens)
+        assert torch.equal(mine.still_masked, other.still_masked)
+
+
+def test_a_selector_may_see_the_distributions_of_the_step_before():
+    seen = []
+
+    def score(self, candidates):
+        seen.append((candidates.positions, candidates.log_probs, candidates.previous))
+        return candidates.gumbel
+
+    sees = selector_with(__call__=score, sees_previous=True)
+    run(ALL_MASKED, ParallelDecoder(mask_schedules.build("cosine"), sees, num_steps=6))
+    assert len(seen) == 6
+    assert seen[0][2] is None
+    for (before, log_probs, _), (positions, _, previous) in pairwise(seen):
+        for row in range(2):
+            columns = [before[row].tolist().index(position) for position in positions[row].tolist()]
+            assert torch.equal(previous[row], log_probs[row, columns])
+
+
+def test_a_selector_may_see_and_change_and_mask_decided_tokens():
+    """Codes that are decided become 0, and the first tokens of the image have the lowest scores: they end the mask."""
+
+    def score(self, candidates):
+        assert candidates.positions.tolist() == ALL_MASKED.new_tensor(range(NUM_TOKENS)).expand(2, -1).tolist()
+        return candidates.positions.float()
+
+    def revise(self, candidates):
+        return candidates.tokens.where(candidates.decided < 0, 0)
+
+    sees = selector_with(__call__=score, revise=revise, sees_decided=True)
+    *steps, last = run(ALL_MASKED, ParallelDecoder(mask_schedules.build("linear"), sees, num_steps=4))
+    assert [step.still_masked.sum(1).tolist() for step in steps] == [[12, 12], [8, 8], [4, 4]]
+    assert all(bool(step.still_masked[:, :4].all()) for step in steps)
+    assert not last.tokens[:, 4:].any()  # decided before the last step
+    assert not last.still_masked.any()
+
+
+def test_decided_tokens_are_seen_in_their_own_rows_only():
+    """Tokens that were given never change, and a row without masked tokens stays as it is."""
+    tokens, steps = partly_known(MIXED), run(partly_known(MIXED), decoder_of({"name": "p2", "eta": 2.0}))
+    assert torch.equal(steps[-1].tokens.where(tokens != MASK, MASK), tokens)
+    alone = run(tokens[1:2], decoder_of({"name": "p2", "eta": 2.0}), seeds=[1])
+    assert torch.equal(alone[-1].tokens[0], steps[-1].tokens[1])
+
+
 NAN = float("nan")
 
 
@@ -183,6 +251,7 @@ NAN = float("nan")
         ({"__call__": lambda self, c: c.drawn_log_probs * NAN}, "scores must be a finite float tensor"),
         ({"__call__": lambda self, c: c.drawn_log_probs[:1]}, r"scores must be .* of shape \(2, 4\)"),
         ({"sharpness": lambda self, progress: NAN}, "sharpness must be a number"),
+        ({"num_kept": lambda self, c, scores, planned: planned / 2}, "num_kept must be an integer tensor"),
     ],
 )
 def test_a_selector_that_breaks_the_contract_is_refused(methods, message):

@@ -31,3 +31,9 @@ def test_visible_tokens_are_weighted_in_the_mean(weight):
     loss = losses.objectives.build({"name": "masked_cross_entropy", "visible_weight": weight})(tokens)
     expected = values.view(3, 4) @ torch.tensor([1, weight, weight, 1]) / (2 + 2 * weight)
     assert float(loss) == pytest.approx(float(expected.mean()))
+
+
+def test_an_objective_that_needs_an_unknown_value_is_refused():
+    kind = type("Mine", (losses.Objective,), {"__call__": lambda self, tokens: 0, "needs": frozenset({"pixels"})})
+    with pytest.raises(ValueError, match=r"objective 'mine': needs must be of .*, got \['pixels'\]"):
+        losses._check_objective("mine", kind())

@@ -3,7 +3,7 @@
 import csv
 import itertools
 from copy import deepcopy
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import ClassVar
 
@@ -23,7 +23,7 @@ from maskgit_pl.randomness import random_uniform
 from maskgit_pl.schedules import Pow, mask_schedules
 from maskgit_pl.training.checkpoints import FolderCheckpointIO, newest_checkpoint
 from maskgit_pl.training.optimizers import LearningRate
-from maskgit_pl.transformer.losses import MaskedCrossEntropy
+from maskgit_pl.transformer.losses import MaskedCrossEntropy, Objective, TokenLosses, mean_over_rows
 from maskgit_pl.transformer.mvtm import MaskedTokenModel
 from maskgit_pl.transformer.token_model import check_tokenizer
 from tests.conftest import peak_predictions
@@ -35,6 +35,7 @@ VARIANTS = [
     {"mask_ratio": "truncated_normal", "mask_positions": "halton", "objective": VISIBLE},
     {"mask_ratio": {"name": "uniform", "low": 0.2}, "ema_decay": 0.0},
     {"network": replace(CONFIG, num_token_groups=2)},
+    {"corruption": "random_tokens", "objective": "soft_targets"},
 ]
 
 
@@ -319,3 +320,54 @@ def test_the_weighted_loss_by_hand(tiny_pretrained):
     torch.testing.assert_close(losses.loss, ((each * weights).sum(1) / weights.sum(1)).mean())
     torch.testing.assert_close(losses.token_losses, each.flatten())
     assert torch.equal(drawn.draws.is_masked, mask.flatten())  # logs are of masked tokens only
+
+
+@dataclass(frozen=True)
+class Asks(Objective):
+    """The objective of the paper, made of the logits; it keeps what it was given."""
+
+    needs: ClassVar[frozenset[str]] = frozenset({"targets", "logits", "hidden", "code_vectors"})
+    seen: ClassVar[list[TokenLosses]] = []
+
+    def __call__(self, tokens: TokenLosses) -> torch.Tensor:
+        self.seen.append(tokens)
+        return mean_over_rows(cross_entropy(tokens.logits, tokens.targets, reduction="none"), tokens.rows, num_rows=8)
+
+
+def test_an_objective_may_ask_for_logits_hidden_states_and_code_vectors(tiny_shards, tiny_pretrained, store):
+    batch = next(iter(data(tiny_shards, store).train_dataloader()))
+    plain = model(tiny_pretrained, label_smoothing=0.0)
+    asking = model(tiny_pretrained, label_smoothing=0.0)
+    asking.objective = Asks()
+    losses = []
+    for module in (plain.train(), asking.train()):
+        torch.manual_seed(0)  # of dropout
+        losses.append(module._compute_training_losses(module._with_draws(batch)).loss)
+    assert torch.equal(*losses)
+    (tokens,) = Asks.seen
+    assert [hidden.shape for hidden in tokens.hidden][:1] == [(8, 17, 16)]  # with the token of the class
+    assert torch.equal(tokens.code_vectors, asking.tokenizer.network.quantizer.codebook)
+    assert tokens.logits.requires_grad
+    assert tokens.hidden[0].requires_grad
+    assert not any(block._forward_hooks for block in asking.transformer.blocks)
+    asking.eval()
+    validation = asking.compute_losses(asking.ema_network, asking._with_draws(batch), batch.content, smoothing=0.0)
+    assert len(Asks.seen) == 1  # validation is the plain loss
+    assert bool(validation.loss.isfinite())
+
+
+def test_a_corruption_of_training_only_changes_no_validation(tiny_shards, tiny_pretrained, store):
+    batch = next(iter(data(tiny_shards, store).train_dataloader()))
+    mask_id = CONFIG.mask_token_id
+    module = model(tiny_pretrained, corruption={"name": "random_tokens", "most": 0.5})
+    batch = module._with_draws(batch)
+    mask = batch.step_draws.mask
+    seen = module.train()._hide(batch.content, batch)
+    assert torch.equal(seen == mask_id, mask)
+    share = float(((seen != batch.content) & ~mask).sum() / (~mask).sum())
+    assert 0.05 < share < 0.5  # a quarter, less what is drawn right by chance
+    assert torch.equal(seen, module._hide(batch.content, batch))  # a function of the samples
+    half = batch._replace(index=batch.index[4:], epoch=batch.epoch[4:], draws=batch.draws._replace(mask=mask[4:]))
+    assert torch.equal(module._hide(batch.content[4:], half), seen[4:])
+    assert torch.equal(module.eval()._hide(batch.content, batch), batch.content.masked_fill(mask, mask_id))
+    assert module.decoding_corruption is None
