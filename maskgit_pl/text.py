@@ -12,7 +12,7 @@ import logging
 import math
 import re
 import unicodedata
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from difflib import get_close_matches
 
 _MAX_SHOWN = 200  # characters of a text
@@ -61,6 +61,11 @@ class PrintableFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         """Returns the lines of the record, each ``printable``."""
         return "\n".join(printable(line, limit=None) for line in super().format(record).split("\n"))
+
+
+def list_some(texts: Sequence[str], *, most: int = 3, separator: str = ", ") -> str:
+    """Lists the first texts, and the number of the others: ``a, b, c and 2 more``."""
+    return separator.join(texts[:most]) + (f" and {len(texts) - most} more" if len(texts) > most else "")
 
 
 def markdown(text: object) -> str:

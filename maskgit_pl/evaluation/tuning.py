@@ -26,6 +26,7 @@ from maskgit_pl.devices import describe_environment
 from maskgit_pl.errors import CannotWriteError
 from maskgit_pl.evaluation.evaluator import collect_numbers
 from maskgit_pl.evaluation.folders import (
+    RunFolders,
     can_guide,
     check_model_decoding,
     find_run,
@@ -205,19 +206,11 @@ def tune(run: Path | str, options: TuningOptions | None = None, *, bars: Bars = 
         CannotWriteError: if the disk of the study is full.
     """
     options = options or TuningOptions()
-    check_integer("trials", options.trials, "[1, inf)")
     name, out = tuning_column(options.metric), options.out
-    if find_spec("optuna") is None:
-        raise ValueError("tune requires the package optuna: pip install 'maskgit_pl[tune]'")
+    folders = find_run(run, data=options.data)
+    _check_search(folders, options)
     from optuna.exceptions import StorageInternalError
 
-    folders = find_run(run, data=options.data)
-    if folders.pretrained.resolve() in (model_folder.resolve() for model_folder in bundled_models().values()):
-        raise ValueError(
-            "tune must have a model outside of the package, next to whose weights it writes; copy it with "
-            f"MaskGIT.from_pretrained({folders.pretrained.name!r}).save_pretrained('DIR'), and tune DIR"
-        )
-    check_writable("decoding.json", folders.pretrained / "decoding.json")  # before a search that takes hours
     model = open_model(folders, options.device, dtype=options.dtype, negative_model=options.negative_model, out=out)
     pipe = model.pipe
     space = _make_space(pipe, options)
@@ -287,6 +280,19 @@ def tune(run: Path | str, options: TuningOptions | None = None, *, bars: Bars = 
     save_decoding(folders.pretrained, result.winner.decoding, tuned=tuned)
     refresh_card(folders.pretrained)
     return replace(result, decoding_file=folders.pretrained / "decoding.json")
+
+
+def _check_search(folders: RunFolders, options: TuningOptions) -> None:
+    """Checks what would end a search of hours: its length, the package, and the folder that it writes to."""
+    check_integer("trials", options.trials, "[1, inf)")
+    if find_spec("optuna") is None:
+        raise ValueError("tune requires the package optuna: pip install 'maskgit_pl[tune]'")
+    if folders.pretrained.resolve() in (model_folder.resolve() for model_folder in bundled_models().values()):
+        raise ValueError(
+            "tune must have a model outside of the package, next to whose weights it writes; copy it with "
+            f"MaskGIT.from_pretrained({folders.pretrained.name!r}).save_pretrained('DIR'), and tune DIR"
+        )
+    check_writable("decoding.json", folders.pretrained / "decoding.json")
 
 
 def _make_space(pipe: MaskGIT, options: TuningOptions) -> SearchSpace:

@@ -19,7 +19,7 @@ import numpy.typing as npt
 from torch import Tensor
 
 from maskgit_pl.networks.weights import check_held, check_tensor, load_pickle, read_tensors
-from maskgit_pl.text import printable, shorten
+from maskgit_pl.text import list_some, printable, shorten
 
 Array: TypeAlias = npt.NDArray[Any]
 
@@ -123,9 +123,7 @@ def name_file(file: Path) -> Iterator[None]:
 
 def name_some(names: Iterable[str]) -> str:
     """Lists the first three names of a file, without control characters, and the number of the others."""
-    listed = list(names)
-    first, rest = listed[:3], listed[3:]
-    return ", ".join(map(printable, first)) + (f" and {len(rest)} more" if rest else "")
+    return list_some([printable(name) for name in names])
 
 
 def _check_format(path: Path, description: str, *accepted: str) -> str:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from maskgit_pl.files import TooLargeDirectoryError, open_zip, sha256_of
-from maskgit_pl.text import printable, shorten, size_text
+from maskgit_pl.text import list_some, printable, shorten, size_text
 
 _MAX_HEADER_BYTES = 8_000_000  # about 60,000 tensors; safetensors accepts 100 MB, which take 1 GB to parse
 _MAX_ENTRIES = 10**6  # of the zip archive of torch.save; a tensor is one
@@ -40,7 +40,6 @@ _WAY_OUT = (
     "on a machine that trusts the file, load it with the program that wrote it and save only the weights: "
     'torch.save(checkpoint["..."], "weights.pt") with the name of its weights, such as state_dict or model'
 )
-_SHOWN = 3  # names in a message
 _LONGEST = 300  # letters of a message of a loader
 _Network = TypeVar("_Network", bound=nn.Module)
 
@@ -226,8 +225,7 @@ def check_shapes(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, 
     faults += [f"{name} is missing" for name in shapes if name not in tensors]
     faults += [f"{shorten(name)} is not in the network" for name in tensors if name not in shapes]
     if faults:
-        more = f" and {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else ""
-        raise ValueError(f"tensors do not fit the network's sizes: {'; '.join(faults[:_SHOWN])}{more}")
+        raise ValueError(f"tensors do not fit the network's sizes: {list_some(faults, separator='; ')}")
 
 
 def check_tensor(name: str, tensor: Tensor) -> None:

@@ -21,7 +21,7 @@ from maskgit_pl.networks.backbone import build_config, create_network
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
 from maskgit_pl.networks.weights import skeletons
 from maskgit_pl.pretrained.networks import fingerprint, read_config, read_decoding
-from maskgit_pl.text import code_span, markdown, printable, python_string, shorten
+from maskgit_pl.text import code_span, list_some, markdown, printable, python_string, shorten
 
 STAGES = ("tokenizer", "transformer")
 PLACEHOLDER = "path/to/this/folder"
@@ -228,8 +228,7 @@ def _introduction(content: Mapping[str, Any], classes: list[str]) -> list[str]:
     channels = content["in_channels"]
     colour = "grey" if channels == 1 else "colour"
     # Class names come from the data: markdown() escapes them.
-    names = ", ".join(map(markdown, classes[:_NAMES_SHOWN]))
-    more = f" and {len(classes) - _NAMES_SHOWN} more" if len(classes) > _NAMES_SHOWN else ""
+    names = list_some([markdown(name) for name in classes], most=_NAMES_SHOWN)
     parameters = content["parameters"]
     origin = "tuned for these weights" if content["decoding_is_tuned"] else "from the training recipe"
     is_autoregressive = content["attention"] == "causal"
@@ -252,7 +251,7 @@ def _introduction(content: Mapping[str, Any], classes: list[str]) -> list[str]:
         "",
         "| property | value |",
         "|---|---|",
-        f"| classes | {names}{more} |",
+        f"| classes | {names} |",
         f"| no class | {'yes, `None`' if content['class_dropout'] else 'no, trained without class dropout'} |",
         f"| tokens per image | {grid[0]} x {grid[1]}, of {content['codebook_size']} codes |",
         *(f"| parameters, {stage} | {parameters[stage]:,} |" for stage in STAGES),

@@ -210,7 +210,9 @@ def _tokenizers_of(shards: Path, runs: Path) -> list[Path]:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What data, tokenizer and initial weights say about a run. Made by ``read_inputs``, which opens each file once.
+    """The configurations of data, tokenizer and initial weights that a run reads at its start.
+
+    ``read_inputs`` makes it, and opens each file once.
 
     Args:
         data: Summary of the data folder; None if ``doctor`` finds none.

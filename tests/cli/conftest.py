@@ -1,9 +1,10 @@
 import argparse
+import json
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -12,8 +13,9 @@ from PIL import Image
 from maskgit_pl.cli import _call, _parse, main
 from maskgit_pl.data import ShardData, ShardDataConfig
 from maskgit_pl.evaluation import classifier
+from maskgit_pl.evaluation.ledger import Ledger
 from maskgit_pl.evaluation.options import ClassifierConfig
-from tests.conftest import tiny_flags
+from tests.conftest import save_tiny_pretrained, tiny_flags
 
 QUICK = replace(ClassifierConfig(), width=4, max_steps=3, batch=20)
 
@@ -123,3 +125,23 @@ def image(tmp_path: Path) -> Path:
     """A grey picture of 8 x 8 pixels, to be edited."""
     Image.fromarray(pixels().numpy()).save(tmp_path / "image.png")
     return tmp_path / "image.png"
+
+
+@pytest.fixture
+def two_runs(tmp_path: Path) -> list[Path]:
+    """Makes two runs with different weights; the second one has another schedule."""
+    folders = [tmp_path / "runs" / name for name in ("shoes-square", "shoes-cosine")]
+    for seed, folder in enumerate(folders):
+        save_tiny_pretrained(folder / "pretrained", seed=seed)
+    file = folders[1] / "pretrained" / "transformer" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "mask_schedule": "cosine"}))
+    return folders
+
+
+def common(data: Path, judge: Path, results: Path) -> list[object]:
+    words = ["--data", data, "--features", f"classifier={judge}", "--results", results, "--num-images", 12]
+    return [*words, "--device", "cpu"]
+
+
+def rows(results: Path, measurement: str) -> list[dict[str, Any]]:
+    return Ledger(results / "ledger.jsonl").rows(measurement)

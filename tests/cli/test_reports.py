@@ -1,38 +1,16 @@
-import json
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import pytest
 import yaml
 
 from maskgit_pl.cli import main
 from maskgit_pl.evaluation.evaluator import Evaluator
-from maskgit_pl.evaluation.ledger import Ledger
 from maskgit_pl.runs import variants
-from paper.table_3 import table_3
+from tests.cli.conftest import common, rows
 from tests.conftest import flags, save_tiny_pretrained
 
 TINY = Path(__file__).parents[1] / "tiny"
-
-
-@pytest.fixture
-def runs(tmp_path: Path) -> list[Path]:
-    """Makes two runs with different weights; the second one has another schedule."""
-    folders = [tmp_path / "runs" / name for name in ("shoes-square", "shoes-cosine")]
-    for seed, folder in enumerate(folders):
-        save_tiny_pretrained(folder / "pretrained", seed=seed)
-    file = folders[1] / "pretrained" / "transformer" / "config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "mask_schedule": "cosine"}))
-    return folders
-
-
-def common(data: Path, judge: Path, results: Path) -> list[object]:
-    words = ["--data", data, "--features", f"classifier={judge}", "--results", results, "--num-images", 12]
-    return [*words, "--device", "cpu"]
-
-
-def rows(results: Path, measurement: str) -> list[dict[str, Any]]:
-    return Ledger(results / "ledger.jsonl").rows(measurement)
 
 
 # ablation
@@ -50,9 +28,9 @@ def words(tiny_shards: Path, judge: Path, tmp_path: Path) -> list[str]:
 
 @pytest.mark.slow
 def test_the_decoding_of_a_run_is_varied_without_training(
-    runs: list[Path], tiny_shards: Path, judge: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    two_runs: list[Path], tiny_shards: Path, judge: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    results, run = tmp_path / "results", runs[0]
+    results, run = tmp_path / "results", two_runs[0]
     words = ["ablation", "--of", run, "--vary", "decoding.token_selector=halton,{name: remdm, eta: 0.4}"]
     words += ["--at", "decoding.num_steps=2,3", "--model.decoding.sampling_temperature=0.5"]
     words += common(tiny_shards, judge, results)
@@ -74,34 +52,6 @@ def test_the_decoding_of_a_run_is_varied_without_training(
     monkeypatch.setattr(Evaluator, "generate", lambda *_, **__: pytest.fail("measured again"))
     assert main([str(word) for word in words]) == 0
     assert main([*map(str, [*words, "--num-steps", "99"])]) == 2
-
-
-@pytest.mark.slow
-def test_table_3_and_figure_8_show_the_best_t_which_is_measured_again(
-    runs: list[Path], tiny_shards: Path, judge: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    results = tmp_path / "results"
-    for run in runs:
-        words = ["ablation", "--of", run, "--num-steps", "4,2,4", "--seeds", 0, "--model.decoding.guidance=constant"]
-        assert main([*map(str, [*words, *common(tiny_shards, judge, results)])]) == 0
-    measured = rows(results, "samples")
-    steps = [(row["run"], row["num_steps"], row["seed"]) for row in measured if row["run"]]
-    assert [number for _, number, seed in steps if seed == 0] == [2, 4] * len(runs)
-    for row in rows(results, "ablation"):
-        curve = {r["num_steps"]: r["fid"] for r in measured if r["run"] == row["run"] and r["seed"] == 0}
-        assert row["fid_by_steps"] == {str(number): fid for number, fid in curve.items()}
-        assert row["best_steps"] == min(curve, key=lambda number: curve[number])
-        assert (row["run"], row["best_steps"], 12) in steps  # noise that took no part in the choice
-    assert "| base | " in (results / "shards" / "ablation.md").read_text().split("## FID by number of steps T")[1]
-
-    how = {"results": results, "num_images": 12, "num_tokens": 16}
-    table_3(runs, **how)
-    page = (results / "shards" / "table-3.md").read_text()
-    assert "`cosine`" in page
-    assert "`square`" in page
-    assert (results / "shards" / "figure-8.png").is_file()
-    with pytest.raises(ValueError, match="none"):
-        table_3([Path("runs/none")], **how)
 
 
 @pytest.mark.trainings

@@ -1,3 +1,3 @@
-from tests.cli.conftest import judge
+from tests.cli.conftest import judge, two_runs
 
-__all__ = ["judge"]
+__all__ = ["judge", "two_runs"]
