@@ -149,5 +149,5 @@ def test_lpips_of_small_images_and_without_its_file_is_refused():
     assert open_lpips(None, noisy(1.0, 8)) is None
     with pytest.raises(ValueError, match=r"^image_size must be >= 16 with lpips, got 8"):
         open_lpips(Path("vgg.pth"), noisy(1.0, 8))
-    with pytest.raises(ValueError, match="^lpips weights must be an existing file"):
+    with pytest.raises(ValueError, match=r"^lpips weights must be an existing file"):
         open_lpips(Path("none.pth"), noisy(1.0, 16))
