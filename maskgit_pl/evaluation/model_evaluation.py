@@ -39,7 +39,7 @@ from maskgit_pl.evaluation.ledger import FILE_NAME, Ledger
 from maskgit_pl.evaluation.metrics import computed_metrics, format_value, title
 from maskgit_pl.evaluation.options import CLASSIFIER, EvaluationOptions, round_to_classes
 from maskgit_pl.evaluation.pages import choose_classes
-from maskgit_pl.evaluation.reconstruction import measure_reconstruction
+from maskgit_pl.evaluation.reconstruction import measure_reconstruction, open_lpips
 from maskgit_pl.evaluation.reference import iter_real_batches
 from maskgit_pl.files import check_writable, write_text
 from maskgit_pl.grids import image_grid, reconstruction_grid, save_png
@@ -132,6 +132,7 @@ def _measure(
         model.pipe.tokenizer,
         iter_real_batches(evaluator.data, "val", num_images=count),
         networks=() if options.reference is not None else evaluator.networks.values(),  # a file is not the val split
+        lpips=open_lpips(options.lpips, model.pipe.tokenizer),
         on_images=evaluator.bars("reconstructing", count),
     )
     decodings = {"exported_guidance": decoding}
@@ -240,7 +241,7 @@ def _add_model_rows(table: Table, report: Mapping[str, Any]) -> None:
     ):
         if name in likelihood:
             table.add_row(text, f"{likelihood[name]:.3f} ± {likelihood[f'{name}_error']:.3f}")
-    for name in ("psnr_db", "ssim", "codebook_usage"):
+    for name in ("psnr_db", "ssim", "lpips", "codebook_usage"):
         if name in rebuilt:
             table.add_row(f"reconstruction: {title(name)}", format_value(name, rebuilt[name]))
 

@@ -81,6 +81,7 @@ class EvaluationOptions(ModelOptions):
             of the val split).
         likelihood_images: Number of real images for the likelihood.
         resume: Keep the measurements of an interrupted evaluation.
+        lpips: torchvision's weight file of VGG-16, for the LPIPS of reconstructions (default: it is not measured).
 
     Raises:
         ValueError: if a number is out of range.
@@ -95,6 +96,7 @@ class EvaluationOptions(ModelOptions):
     reconstruction_images: int | None = None
     likelihood_images: int = 2000
     resume: bool = False
+    lpips: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -167,12 +169,14 @@ class TokenizerOptions(MeasurementOptions):
         num_images: Number of random val images, at most all (default: all).
         dtype: Arithmetic of the tokenizer; auto: bfloat16 on devices with instructions for it, else float32
             (default: auto on a GPU, else that of the weights).
+        lpips: torchvision's weight file of VGG-16, for the LPIPS of reconstructions (default: it is not measured).
 
     Raises:
         ValueError: if a number is out of range.
     """
 
     num_images: int | None = None
+    lpips: Path | None = None
     dtype: Dtype | None = None
 
 

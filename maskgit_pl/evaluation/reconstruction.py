@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from rich.table import Table
@@ -33,6 +33,7 @@ from maskgit_pl.evaluation.metrics import format_value, title
 from maskgit_pl.evaluation.options import Spec, TokenizerOptions
 from maskgit_pl.evaluation.reference import Statistics, iter_real_batches
 from maskgit_pl.files import check_writable, write_text
+from maskgit_pl.networks.features import LPIPSSpec, create_distance
 from maskgit_pl.networks.vqgan import to_unit_range
 from maskgit_pl.pretrained.networks import PretrainedTokenizer, fingerprint, images_at_once, load_tokenizer, read_config
 from maskgit_pl.processes import Bars, no_bars
@@ -41,6 +42,30 @@ from maskgit_pl.tokenizer.module import CodebookUsage
 _SSIM_WINDOW = 11  # pixels; smaller images have no SSIM
 _BEST_PSNR = 100.0  # dB, of an image without any error
 _SHOWN = 8  # worst reconstructions
+
+
+Distance: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+"""Two (B, C, H, W) float images in [0, 1] to (B,) float."""
+
+
+def open_lpips(file: Path | None, tokenizer: PretrainedTokenizer) -> Distance | None:
+    """Builds LPIPS on the device of a tokenizer; None without a file of its weights.
+
+    Args:
+        file: torchvision's weight file of VGG-16; see ``networks.features.LPIPSSpec``.
+        tokenizer: The tokenizer whose reconstructions are measured.
+
+    Raises:
+        ValueError: if there is no such file, it is another one, or the images are too small.
+    """
+    if file is None:
+        return None
+    shorter = min(height_width(tokenizer.image_size))
+    if shorter < LPIPSSpec.min_image_size:
+        raise ValueError(
+            f"image_size must be >= {LPIPSSpec.min_image_size} with lpips, got {shorter}; leave --lpips out"
+        )
+    return create_distance({"name": "lpips", "weights": str(file)}).to(next(tokenizer.network.parameters()).device)
 
 
 def psnr(mean_squared_error: float) -> float:
@@ -53,6 +78,7 @@ def measure_reconstruction(
     batches: Iterable[Batch],
     *,
     networks: Iterable[FeatureMetrics] = (),
+    lpips: Distance | None = None,
     on_images: Callable[[int], object] = lambda count: None,
 ) -> dict[str, float]:
     """Measures the reconstruction error of a tokenizer, for pixels in [0, 1] and clipped reconstructions.
@@ -64,14 +90,16 @@ def measure_reconstruction(
         batches: This rank's batches of uint8 images. Rows that are not valid are ignored.
         networks: Feature networks of the reconstruction FID, which see reconstructions rounded to uint8, with
             references of the originals.
+        lpips: The perceptual distance, see ``open_lpips``; None does not measure it.
         on_images: Called after each batch with its number of images, for a progress bar.
 
     Returns:
         Values by name: ``psnr_db`` (from the mean squared error of all images together), ``ssim`` (for images
-        of 11 pixels or more), ``rfid/NETWORK``, ``codebook_usage``, ``perplexity``, and ``images``, their number.
+        of 11 pixels or more), ``lpips`` (if given), ``rfid/NETWORK``, ``codebook_usage``, ``perplexity``, and
+        ``images``, their number.
     """
     references = {network.extractor: network.reference.pooled for network in networks}
-    meter = ReconstructionMeter(tokenizer, list(references))
+    meter = ReconstructionMeter(tokenizer, list(references), lpips)
     for batch in batches:
         if batch.valid.any():
             meter.add(batch)
@@ -113,7 +141,9 @@ class ReconstructionMeter:
         seconds: Time of encoding and decoding.
     """
 
-    def __init__(self, tokenizer: PretrainedTokenizer, extractors: Sequence[Extractor] = ()) -> None:
+    def __init__(
+        self, tokenizer: PretrainedTokenizer, extractors: Sequence[Extractor] = (), lpips: Distance | None = None
+    ) -> None:
         self.tokenizer = tokenizer
         self.extractors = extractors
         self.features: dict[str, list[dict[str, Tensor]]] = {extractor.label: [] for extractor in extractors}
@@ -123,9 +153,11 @@ class ReconstructionMeter:
         self.labels: list[Tensor] = []
         self.worst: list[Pair] = []
         self.seconds = 0.0
-        self._measures: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"error": _mean_squared_error}
+        self._measures: dict[str, Distance] = {"error": _mean_squared_error}
         if min(height_width(tokenizer.image_size)) >= _SSIM_WINDOW:
             self._measures["ssim"] = _ssim
+        if lpips is not None:
+            self._measures["lpips"] = lpips
         self._batches: list[dict[str, Tensor]] = []
 
     @torch.inference_mode()
@@ -228,6 +260,7 @@ class OpenedTokenizer:
     tokenizer: PretrainedTokenizer
     data: ShardData
     extractors: Sequence[Extractor]
+    lpips: Distance | None = None
 
     @property
     def num_images(self) -> int:
@@ -240,6 +273,7 @@ class OpenedTokenizer:
         """The columns of the ledger that determine the values of an evaluation."""
         folder = self.folders.pretrained / "tokenizer"
         networks = {extractor.label: shorten_digest(extractor.digest) for extractor in self.extractors}
+        lpips = {} if self.lpips is None else {"lpips": LPIPSSpec.sha256}
         dtype = str(next(self.tokenizer.network.parameters()).dtype).removeprefix("torch.")
         return {
             "dataset": data_name(self.folders.data),
@@ -248,7 +282,7 @@ class OpenedTokenizer:
             "tokenizer": fingerprint(folder),
             "config": shorten_digest(digest_of(read_config(folder, "tokenizer"))),
             "num_images": self.num_images,
-            "settings": {"networks": networks, "dtype": dtype},
+            "settings": {"networks": networks, "dtype": dtype, **lpips},
         }
 
 
@@ -257,10 +291,11 @@ def open_tokenizer(folders: RunFolders, features: Sequence[Spec], options: Token
     device = find_device(options.device)
     tokenizer = load_tokenizer(folders.pretrained / "tokenizer")
     tokenizer.network.to(device, dtype=parse_dtype(options.dtype, device))
+    lpips = open_lpips(options.lpips, tokenizer)
     data = open_images(folders.data, tokenizer.image_size, tokenizer.channels, num_workers=options.num_workers)
     data.warn_if_enlarged()
     extractors = open_extractors(folders.classifier, data, features, device=device)
-    return OpenedTokenizer(folders, options, tokenizer, data, extractors)
+    return OpenedTokenizer(folders, options, tokenizer, data, extractors, lpips)
 
 
 def measure_tokenizer_once(ledger: Ledger, opened: OpenedTokenizer, bars: Bars) -> Row:
@@ -272,7 +307,7 @@ def measure_tokenizer(opened: OpenedTokenizer, bars: Bars) -> dict[str, Any]:
     """Measures a tokenizer on random val images, the same in every call; returns its row of the ledger."""
     tokenizer, data, count = opened.tokenizer, opened.data, opened.num_images
     device = next(tokenizer.network.parameters()).device
-    meter = ReconstructionMeter(tokenizer, opened.extractors)
+    meter = ReconstructionMeter(tokenizer, opened.extractors, opened.lpips)
     originals: dict[str, list[dict[str, Tensor]]] = {extractor.label: [] for extractor in opened.extractors}
     size = min(opened.options.batch_size, images_at_once(*height_width(tokenizer.image_size)))
     on_images = bars(f"{opened.folders.run.name}: reconstructing", count)

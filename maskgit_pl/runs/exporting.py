@@ -5,17 +5,13 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
 from maskgit_pl.files import check_writable
 from maskgit_pl.folders import hold_lock
-from maskgit_pl.networks.weights import load_weights
 from maskgit_pl.pretrained.networks import check_stage_folder
 from maskgit_pl.runs.fitting import build, export_run, restore_process_state
 from maskgit_pl.runs.plan import Plan, find_data, folder_of
 from maskgit_pl.runs.recipe import STAGES, Recipe, Stage
-from maskgit_pl.training.checkpoints import FolderCheckpointIO, SavedTensor, complete_checkpoints, step_of
+from maskgit_pl.training.checkpoints import complete_checkpoints, load_module, step_of
 
 log = logging.getLogger(__name__)
 
@@ -103,11 +99,6 @@ def _checkpoint(plan: Plan, step: int | None) -> Path:
 def _export_checkpoint(plan: Plan, checkpoint: Path, out: Path) -> None:
     """Exports the averaged weights of a checkpoint, which any number of ranks wrote, by a plan of one CPU process."""
     run = build(plan)
-
-    def only_weights(key: str, saved: SavedTensor) -> Tensor:
-        # Optimizer states are not read.
-        return saved.read_all() if key.startswith("/state_dict/") else torch.empty(0)
-
-    load_weights(run.model, FolderCheckpointIO().load_pieces(checkpoint, only_weights)["state_dict"], checkpoint)
+    load_module(run.model, checkpoint)
     log.info("%s: %s", plan.stage_folder, checkpoint.name)
     export_run(run, out, step=step_of(checkpoint))

@@ -29,6 +29,7 @@ from maskgit_pl.files import read_yaml
 from maskgit_pl.networks.backbone import BUILT_IN, DEFAULT_BACKBONE, BackboneConfig, config_class
 from maskgit_pl.tokenizer.module import Tokenizer, TokenizerConfig
 from maskgit_pl.training.checkpoints import newest_checkpoint
+from maskgit_pl.training.loading import derive_values
 from maskgit_pl.transformer.autoregressive import AutoregressiveConfig, AutoregressiveModel
 from maskgit_pl.transformer.distillation import DistillationConfig, DistilledModel
 from maskgit_pl.transformer.mvtm import MaskedTokenConfig, MaskedTokenModel
@@ -195,24 +196,11 @@ def find_faults(kind: str, tree: Mapping[str, Any]) -> list[WrongValue]:
 
 def _build(kind: str, tree: Mapping[str, Any]) -> ResolvedRun | list[WrongValue]:
     """Builds all values, or returns what is wrong."""
-    tree = _derive(kind, tree)
+    tree = derive_values(RUNS[kind].module.config_class, tree)
     try:
         return validate(RUNS[kind], tree)
     except ValueError as error:
         return describe_wrong_values(error, tree, "", keys=known_keys(kind, tree["model"]["network"]))
-
-
-def _derive(kind: str, tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a copy of a tree with the keys of the module that follow from those of data."""
-    data, model = dict(tree.get("data", {})), {"network": {}, **tree.get("model", {})}
-    model["seed"] = data.get("seed", ShardDataConfig.seed)
-    if kind in ("transformer", "distillation"):
-        model["global_batch"] = data.get("global_batch", ShardDataConfig.global_batch)
-    if kind == "tokenizer":
-        model["image_size"] = data.get("image_size", ShardDataConfig.image_size)
-        in_channels = data.get("in_channels", ShardDataConfig.in_channels)
-        model["network"] = {**model["network"], "in_channels": in_channels}
-    return {**tree, "data": data, "model": model}
 
 
 def choose_precision(

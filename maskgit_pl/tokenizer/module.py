@@ -29,7 +29,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import LightningModule
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric
@@ -58,6 +57,7 @@ from maskgit_pl.tokenizer.losses import (
     tokenizer_losses,
 )
 from maskgit_pl.training.health import measure_usage
+from maskgit_pl.training.loading import RunModule
 from maskgit_pl.training.optimizers import (
     OptimizerConfig,
     build_optimizer,
@@ -148,7 +148,7 @@ class TokenizerConfig:
         return terms
 
 
-class Tokenizer(LightningModule):
+class Tokenizer(RunModule):
     """The LightningModule of stage 1. Its ``ema_network`` has the averaged weights, which are evaluated and exported.
 
     The module accumulates and clips gradients itself, and ``max_steps`` counts global batches.
@@ -166,6 +166,8 @@ class Tokenizer(LightningModule):
     """
 
     config: TokenizerConfig
+    stage = "tokenizer"
+    config_class = TokenizerConfig
 
     def __init__(self, config: TokenizerConfig, *, accumulation: int = 1) -> None:
         super().__init__()

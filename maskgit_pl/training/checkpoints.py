@@ -53,7 +53,7 @@ from maskgit_pl.distributed import on_all_ranks, rank_and_world
 from maskgit_pl.errors import CannotWriteError
 from maskgit_pl.files import sha256_of, write_tensors, write_text
 from maskgit_pl.folders import replace_folder
-from maskgit_pl.networks.weights import open_tensors
+from maskgit_pl.networks.weights import load_weights, open_tensors
 from maskgit_pl.text import size_text
 
 log = logging.getLogger(__name__)
@@ -157,6 +157,25 @@ def read_settings(folder: Path) -> dict[str, Any]:
     _verify(folder, [_STATE], _read_marker(folder))
     settings: dict[str, Any] = _read_state(folder, lambda _: None).get(SETTINGS, {})
     return settings
+
+
+def load_module(module: torch.nn.Module, checkpoint: Path, *, strict: bool = True) -> None:
+    """Loads the weights of a complete checkpoint, which any number of ranks wrote; optimizer states are not read.
+
+    Args:
+        module: The module, with the sizes of the checkpoint.
+        checkpoint: Folder of the checkpoint.
+        strict: False ignores missing and additional weights.
+    """
+
+    def only_weights(key: str, saved: SavedTensor) -> Tensor:
+        return saved.read_all() if key.startswith("/state_dict/") else torch.empty(0)
+
+    weights = FolderCheckpointIO().load_pieces(checkpoint, only_weights)["state_dict"]
+    if strict:
+        load_weights(module, weights, checkpoint)
+    else:
+        module.load_state_dict(weights, strict=False)
 
 
 def _split_state(value: Any, key: str, tensors: dict[str, Tensor]) -> Any:

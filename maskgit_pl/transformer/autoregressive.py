@@ -56,6 +56,7 @@ class AutoregressiveModel(TokenModel):
     """
 
     config: AutoregressiveConfig
+    config_class = AutoregressiveConfig
     binned_by = "position"
 
     def __init__(self, config: AutoregressiveConfig) -> None:

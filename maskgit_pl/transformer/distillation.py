@@ -132,6 +132,7 @@ class DistilledModel(MaskedTokenModel):
     """
 
     config: DistillationConfig
+    config_class = DistillationConfig
 
     def __init__(self, config: DistillationConfig) -> None:
         super().__init__(config)

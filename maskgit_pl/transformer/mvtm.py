@@ -97,6 +97,7 @@ class MaskedTokenModel(TokenModel):
     """The LightningModule that trains a backbone to predict masked tokens. Source: paper, objective."""
 
     config: MaskedTokenConfig
+    config_class = MaskedTokenConfig
     binned_by = "mask-ratio"
 
     def __init__(self, config: MaskedTokenConfig) -> None:

@@ -34,7 +34,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
-from lightning.pytorch import LightningModule
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from pydantic import BeforeValidator
@@ -62,6 +61,7 @@ from maskgit_pl.pretrained.networks import (
 )
 from maskgit_pl.randomness import random_bits, random_uniform
 from maskgit_pl.training.checkpoints import full_state
+from maskgit_pl.training.loading import RunModule
 from maskgit_pl.training.optimizers import OptimizerConfig, build_optimizer, frozen_copy, parameter_groups, update_ema
 from maskgit_pl.training.stopping import StepCheck, clip_gradients
 from maskgit_pl.training.strategies import (
@@ -161,7 +161,7 @@ class StepLosses(NamedTuple):
     hits: Tensor
 
 
-class TokenModel(LightningModule):
+class TokenModel(RunModule):
     """The LightningModule of stage 2: trains a transformer on tokens, or on images that it encodes on the fly.
 
     Args:
@@ -177,6 +177,7 @@ class TokenModel(LightningModule):
     """
 
     config: TokenModelConfig
+    stage = "transformer"
     mask_schedule_spec: str | dict[str, Any] | None = None  # in the form of a recipe; None with causal attention
     decoding_corruption: Corruption | None = None  # of models whose decoding shows corrupted tokens, too
     binned_by: str  # the quantity that ``_assign_bins`` groups by, in the names of logged values

@@ -15,7 +15,7 @@ from maskgit_pl.evaluation import TokenizerOptions, evaluate_tokenizer, train_cl
 from maskgit_pl.evaluation.evaluator import FeatureMetrics
 from maskgit_pl.evaluation.extractors import extract
 from maskgit_pl.evaluation.options import ClassifierConfig
-from maskgit_pl.evaluation.reconstruction import measure_reconstruction
+from maskgit_pl.evaluation.reconstruction import measure_reconstruction, open_lpips
 from maskgit_pl.evaluation.reference import Reference
 from maskgit_pl.pretrained.networks import load_tokenizer
 from tests.evaluation.feature_networks import distances, few, open_shards, pictures
@@ -131,3 +131,23 @@ def test_all_numbers_are_those_of_the_images_measured_by_hand(run: Path, tiny_sh
     shown = console.export_text()
     assert re.search(rf"reconstruction FID \(classifier\) +│ +{numbers['rfid/classifier']:.2f} │ +\d+\.\d\d", shown)
     assert "mean PSNR, dB" in shown
+
+
+def test_lpips_is_the_mean_over_the_images_of_all_batches():
+    images = torch.arange(5 * 256).remainder(251).to(torch.uint8).reshape(5, 1, 16, 16)
+    batches = [batch_of(images[:3]), batch_of(images[3:], first=3)]
+
+    def distance(decoded, originals):
+        return (originals - decoded).flatten(1).mean(1)
+
+    measured = measure_reconstruction(noisy(0.5, 16), batches, lpips=distance)
+    assert measured["lpips"] == pytest.approx(float(images.double().mean()) / 255 / 2, rel=1e-5)
+    assert "lpips" not in measure_reconstruction(noisy(0.5, 16), batches)
+
+
+def test_lpips_of_small_images_and_without_its_file_is_refused():
+    assert open_lpips(None, noisy(1.0, 8)) is None
+    with pytest.raises(ValueError, match=r"^image_size must be >= 16 with lpips, got 8"):
+        open_lpips(Path("vgg.pth"), noisy(1.0, 8))
+    with pytest.raises(ValueError, match=r"^lpips weights must be an existing file"):
+        open_lpips(Path("none.pth"), noisy(1.0, 16))
