@@ -59,7 +59,7 @@ def test_what_cannot_be_done_is_refused_in_one_line(run, tmp_path):
     load, checkpoint = mg.MaskedTokenModel.load_from_checkpoint, newest_checkpoint(run / "transformer" / "checkpoints")
     lone = shutil.copytree(run / "pretrained", tmp_path / "lone" / "pretrained")
     for error, message, call in (
-        (TypeError, "^option 'confg': did you mean 'config'", lambda: load(run, confg=1)),
+        (TypeError, "^option 'configs': did you mean 'config'", lambda: load(run, configs=1)),
         (ValueError, "^hparams_file must be None", lambda: load(run, hparams_file="a.yaml")),
         (ValueError, "^map_location must be a device", lambda: load(run, map_location={})),
         (ValueError, "^strict must be True", lambda: load(run / "pretrained", strict=False)),
