@@ -20,8 +20,8 @@ class P2(Confidence):
     """Path planning: all tokens are scored by their log-probability now, and the lowest are masked again.
 
     The score of a decided token is eta log p(token), without noise; that of a draw is the one of ``confidence``. The
-    number of masked tokens follows the schedule. The network must predict visible tokens: train it with the
-    objective's ``visible_weight`` above 0, and better with wrong tokens among them (the corruption ``random_tokens``).
+    number of masked tokens follows the schedule. The network is asked about visible tokens, which the objective's
+    ``visible_weight`` and the corruption ``random_tokens`` train it for.
 
     Args:
         choice_temperature: Scale of the Gumbel noise on masked tokens, >= 0.
