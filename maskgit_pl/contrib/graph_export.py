@@ -97,6 +97,7 @@ def export_graphs(
             _log.warning(
                 "%s: the negative model of guidance is not exported; guide with the null class instead", folder
             )
+        description = _describe_model(pipe, folder)  # first, since it refuses what no file can hold
         # 2.
         graphs = {each.name: _write(each, fresh, kind) for each in graphs_of(pipe.tokenizer, pipe.transformer)}
         # 3.
@@ -105,7 +106,7 @@ def export_graphs(
             "version": _VERSION,
             "kind": kind,
             "graphs": graphs,
-            **_describe_model(pipe, folder),
+            **description,
         }
         write_text(fresh / DESCRIPTION, json.dumps(content, indent=2) + "\n")
         # 4. On leaving the block.
@@ -198,6 +199,11 @@ def _describe_steps(pipe: MaskGIT) -> Mapping[str, list[float]]:
         raise ValueError(
             f"token_selector must follow the counts of the schedule to be exported, got {decoding.token_selector!r}; "
             "choose another one in the decoding of the model"
+        )
+    if pipe.transformer.corruption is not None:
+        raise ValueError(
+            f"corruption must be of training only to be exported, got {pipe.transformer.corruption!r}, of decoding, "
+            "too; train with another one"
         )
     counts = [step.before[0] for step in decoder.plan([num_tokens], num_tokens)]
     return {"num_masked": [*counts, 0], **numbers}

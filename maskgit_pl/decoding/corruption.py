@@ -1,7 +1,7 @@
-"""Corruptions: what the network sees in place of the tokens of an image, and their registry.
+"""Corruptions: functions from the tokens of an image to the input of the network, and their registry.
 
-In training, and where a method asks for it, in decoding. ``transformer.mvtm`` holds one, and hands the same object to
-``ParallelDecoder``. Yours is a registered frozen dataclass::
+They are used in training, and where a method asks for it, in decoding. ``transformer.mvtm`` holds one, and hands the
+same object to ``ParallelDecoder``. Yours is a registered frozen dataclass::
 
     @corruptions.register("noisy")
     @dataclass(frozen=True)
@@ -31,7 +31,7 @@ Uniform: TypeAlias = Callable[[str], Tensor]
 
 
 class Corruption(ABC):
-    """What the network sees in place of the tokens of an image. Subclasses are frozen dataclasses.
+    """A function from the tokens of an image to the input of the network. Subclasses are frozen dataclasses.
 
     It is applied in the training step, after the masks are drawn. Which tokens the loss predicts is set by the mask and
     the objective: with ``visible_weight`` above 0 the network learns to mend changed tokens, too.

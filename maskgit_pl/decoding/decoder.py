@@ -137,9 +137,10 @@ class ParallelDecoder:
         if step == self.num_steps - 1:
             return StepCounts(before, [0] * len(before), [0] * len(before))
         rows, selector = [], self.token_selector
+        may_remask = not (selector.sees_decided or selector.counts_in_loop)  # else its scores or its counts decide
         for start, masked, target in zip(at_start, before, planned, strict=True):
             decided = start - masked
-            num_remasked = 0 if selector.sees_decided else selector.num_remasked(decided=decided, planned=target)
+            num_remasked = selector.num_remasked(decided=decided, planned=target) if may_remask else 0
             rows.append(count_after(masked, target, max(0, min(num_remasked, decided))))
         after, remasked = (list(column) for column in zip(*rows, strict=True))
         return StepCounts(before, after, remasked)
@@ -321,7 +322,7 @@ class _Run:
             return counts
         pairs = zip(counts.before, kept.tolist(), strict=True)
         after = [masked - max(0, min(number, masked)) for masked, number in pairs]
-        return StepCounts(counts.before, after, [min(pair) for pair in zip(after, counts.remasked, strict=True)])
+        return StepCounts(counts.before, after, counts.remasked)
 
     def _keep_draws(self, candidates: Candidates, is_real: Tensor | None) -> Tensor:
         """Returns all tokens (B, N) after the draw, and keeps the probabilities of new codes as their confidence.

@@ -155,7 +155,8 @@ class TokenSelector(ABC):
     def num_remasked(self, *, decided: int, planned: int) -> int:
         """Returns the number of tokens of a row that are masked again although earlier steps decided them.
 
-        It is called on the host before the loop. The decoder clips the result to [0, decided].
+        It is called on the host. The decoder clips the result to [0, decided]. A selector that ``sees_decided`` or has
+        a ``num_kept`` is not asked.
 
         Args:
             decided: Number of tokens of the row that earlier steps decided.

@@ -275,11 +275,16 @@ def tune(run: Path | str, options: TuningOptions | None = None, *, bars: Bars = 
         "split": "val",
         "commit": describe_environment()["commit"],
     }
+    return replace(result, decoding_file=_write_winner(result, pipe, folders.pretrained, tuned))
+
+
+def _write_winner(result: TuningResult, pipe: MaskGIT, folder: Path, tuned: Mapping[str, object]) -> Path:
+    """Writes the best decoding, the negative model that it needs and the card next to the weights; returns the file."""
     if pipe.negative_model is not None and pipe.negative_model.folder is not None:
-        copy_stage_folder(pipe.negative_model.folder, folders.pretrained / NEGATIVE)
-    save_decoding(folders.pretrained, result.winner.decoding, tuned=tuned)
-    refresh_card(folders.pretrained)
-    return replace(result, decoding_file=folders.pretrained / "decoding.json")
+        copy_stage_folder(pipe.negative_model.folder, folder / NEGATIVE)
+    save_decoding(folder, result.winner.decoding, tuned=tuned)
+    refresh_card(folder)
+    return folder / "decoding.json"
 
 
 def _check_search(folders: RunFolders, options: TuningOptions) -> None:

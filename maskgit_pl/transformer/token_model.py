@@ -347,7 +347,7 @@ class TokenModel(RunModule):
 
     @property
     def _needs(self) -> frozenset[str]:
-        """What the loss asks for beside the cross-entropies, see ``losses.Objective``."""
+        """The names of the fields of ``losses.TokenLosses`` that the loss reads beside the cross-entropies."""
         return frozenset()
 
     def _hide(self, tokens: Tensor, batch: Batch) -> Tensor:

@@ -5,6 +5,7 @@ Every registered backbone and quantizer is exported with parity, or refused by n
 
 import importlib.util
 import json
+import shutil
 import sys
 import zipfile
 from pathlib import Path
@@ -29,7 +30,7 @@ from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.files import sha256_of
 from maskgit_pl.networks.quantizers import quantizers
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
-from maskgit_pl.pretrained.networks import PretrainedTokenizer, PretrainedTransformer
+from maskgit_pl.pretrained.networks import PretrainedTokenizer, PretrainedTransformer, save_decoding
 from tests.networks.backbone_cases import all_configs, create, small_config
 from tests.networks.test_quantizers import CASES
 
@@ -142,6 +143,20 @@ def test_refusals(model, words, text, tiny_pretrained, tmp_path, monkeypatch, ca
     assert main(["export", str(model or tiny_pretrained), *words]) == 2
     assert text in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_program_could_not_decode_is_refused(tiny_pretrained, tmp_path):
+    counts, shows = (shutil.copytree(tiny_pretrained, tmp_path / name) for name in ("counts", "shows"))
+    save_decoding(counts, DecodingConfig(4, "klass"))
+    file = shows / "transformer" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "corruption": "mask"}))
+    for model, message in (
+        (counts, "^token_selector must follow the counts"),
+        (shows, "^corruption must be of training"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            export_graphs(model, tmp_path / "out", kind="pt2")
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_autoregressive_model_is_exported(tiny_autoregressive, tmp_path):

@@ -234,6 +234,27 @@ def test_a_selector_may_see_and_change_and_mask_decided_tokens():
     assert not last.still_masked.any()
 
 
+@pytest.mark.parametrize("more", [{"sees_decided": True}, {"num_kept": lambda self, c, scores, planned: planned}])
+def test_a_selector_that_scores_decided_tokens_or_counts_remasks_no_others(more):
+    selector = selector_with(num_remasked=lambda self, *, decided, planned: 2, **more)
+    plan = ParallelDecoder(mask_schedules.build("linear"), selector, num_steps=4).plan([16], 16)
+    assert [step.remasked for step in plan] == [[0]] * 4
+    assert [step.after for step in plan] == [[12], [8], [4], [0]]
+
+
+def test_steps_go_on_for_a_selector_that_sees_decided_tokens_when_none_is_masked():
+    """All are kept at once, and the steps that are left change them: here to the number of the step."""
+    number = iter(range(4))
+    sees = selector_with(
+        revise=lambda self, candidates: torch.full_like(candidates.tokens, next(number)),
+        num_kept=lambda self, candidates, scores, planned: torch.full_like(planned, NUM_TOKENS),
+        sees_decided=True,
+    )
+    steps = run(ALL_MASKED, ParallelDecoder(mask_schedules.build("linear"), sees, num_steps=4))
+    assert [step.tokens.unique().tolist() for step in steps] == [[0], [1], [2], [3]]
+    assert not any(bool(step.still_masked.any()) for step in steps)
+
+
 def test_decided_tokens_are_seen_in_their_own_rows_only():
     """Tokens that were given never change, and a row without masked tokens stays as it is."""
     tokens, steps = partly_known(MIXED), run(partly_known(MIXED), decoder_of({"name": "p2", "eta": 2.0}))

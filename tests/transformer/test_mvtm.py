@@ -13,8 +13,10 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import CSVLogger
 from torch.nn.functional import cross_entropy
 
+from maskgit_pl import MaskGIT
 from maskgit_pl.data import Batch, describe_store, tokenize
 from maskgit_pl.decoding import DecodingConfig
+from maskgit_pl.decoding.corruption import Mask, corruptions
 from maskgit_pl.masking import UniformRatio, true_positions
 from maskgit_pl.networks.transformer import TransformerConfig
 from maskgit_pl.networks.vqgan import to_unit_range
@@ -371,3 +373,16 @@ def test_a_corruption_of_training_only_changes_no_validation(tiny_shards, tiny_p
     assert torch.equal(module._hide(batch.content[4:], half), seen[4:])
     assert torch.equal(module.eval()._hide(batch.content, batch), batch.content.masked_fill(mask, mask_id))
     assert module.decoding_corruption is None
+
+
+def test_a_corruption_that_decoding_shows_is_stored_with_the_weights(tiny_pretrained, tmp_path, monkeypatch):
+    shown = type("Shown", (Mask,), {"in_decoding": True})
+    monkeypatch.setitem(corruptions._factories, "shown", dataclass(frozen=True)(shown))
+    for name, expected in (("shown", shown()), ("mask", None)):
+        module = model(tiny_pretrained, corruption=name)
+        assert module.decoder.corruption == expected
+        module.export(tmp_path / name, class_names=("a", "b", "c"))
+        pipe = MaskGIT.from_pretrained(tmp_path / name)
+        assert pipe.transformer.corruption == expected
+        pipe.save_pretrained(tmp_path / "again")
+        assert load_transformer(tmp_path / "again" / "transformer").corruption == expected
