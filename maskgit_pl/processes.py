@@ -202,12 +202,8 @@ def run_jobs(
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_init_worker, initargs=(shared,))
     others = set(multiprocessing.active_children())
     try:
-        # Inherited: Ctrl-C is not for the workers.
-        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        try:
+        with _ctrl_c_later():
             waiting = {pool.submit(_call, function, job): job for job in jobs}
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
         for future in as_completed(waiting):
             result = future.result()
             if isinstance(result, _Refusal):
@@ -224,6 +220,25 @@ def run_jobs(
         raise
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def _ctrl_c_later() -> Iterator[None]:
+    """Blocks Ctrl-C, which processes that are started inside inherit, and handles it at the end of the context."""
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    # The signal may reach a thread of a library that does not block it. Python then calls the handler in the main
+    # thread, where KeyboardInterrupt would leave a worker without its job.
+    presses: list[int] = []
+    is_main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGINT, lambda number, _: presses.append(number)) if is_main else None
+    try:
+        yield
+    finally:
+        if is_main:
+            signal.signal(signal.SIGINT, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+        for number in presses:
+            signal.raise_signal(number)
 
 
 def available_cores() -> int:

@@ -4,7 +4,9 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from multiprocessing import popen_spawn_posix
 
 import pytest
 
@@ -180,3 +182,25 @@ def test_each_job_has_its_result(workers: int) -> None:
 def test_a_killed_worker_is_one_line_with_the_way_out() -> None:
     with pytest.raises(DataWorkerError, match=r"a worker process was killed, .*; use fewer workers \(--num-workers\)"):
         list(run_jobs(die, 1, [2, 3, 4], workers=2))
+
+
+def test_ctrl_c_while_workers_start_waits_until_they_have_started(monkeypatch, capfd):
+    """A library's thread takes the signal between the start of a worker and the arrival of its job."""
+    start, done = popen_spawn_posix.util.spawnv_passfds, threading.Event()
+    other = threading.Thread(target=done.wait)
+    other.start()
+
+    def start_and_press(path, words, files):
+        number = start(path, words, files)
+        if "--multiprocessing-fork" in [word.decode() if isinstance(word, bytes) else word for word in words]:
+            signal.pthread_kill(other.ident, signal.SIGINT)
+            time.sleep(0.05)
+        return number
+
+    monkeypatch.setattr(popen_spawn_posix.util, "spawnv_passfds", start_and_press)
+    with pytest.raises(KeyboardInterrupt):
+        list(run_jobs(square, 1, [2, 3, 4], workers=2))
+    done.set()
+    time.sleep(1)  # a worker without its job ends with a traceback by then
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert capfd.readouterr().err == ""  # no worker without its job
