@@ -26,7 +26,7 @@ import numpy.typing as npt
 from typing_extensions import Buffer
 
 from maskgit_pl.checks import check_integer, height_width
-from maskgit_pl.decoding import DecodingConfig
+from maskgit_pl.decoding import DecodingConfig, DecodingStep
 from maskgit_pl.files import parse_json, remove_partials, write_atomically
 from maskgit_pl.networks.weights import tensors_digest
 from maskgit_pl.pipeline.card import flatten
@@ -54,6 +54,7 @@ class BulkOptions:
         rank: Index of this process in [0, world_size).
         world_size: Number of processes that share the work. They share a folder and need no network.
         decoding: Decoding settings; by default those of the model.
+        keep_tokens: True to write the tokens into a new file, too: ``tokens``, (n, N) int32.
     """
 
     num_images: int
@@ -64,6 +65,7 @@ class BulkOptions:
     rank: int = 0
     world_size: int = 1
     decoding: DecodingConfig | None = None
+    keep_tokens: bool = False
 
     def __post_init__(self) -> None:
         for name in ("num_images", "batch_size", "world_size"):
@@ -161,7 +163,8 @@ def generate_many(
     plan = make_plan(pipe, options)
     if is_finished(file, plan):
         return BulkResult(0)
-    folder, digest = file.with_name(f"{file.name}.parts"), hashlib.sha256(plan.text).hexdigest()[:16]
+    identity = plan.text + (b"tokens" if options.keep_tokens else b"")
+    folder, digest = file.with_name(f"{file.name}.parts"), hashlib.sha256(identity).hexdigest()[:16]
     parts = [folder / f"{digest}-{rank}-of-{options.world_size}" for rank in range(options.world_size)]
     if parts[options.rank].exists():
         return BulkResult(0, _join(file, plan, parts))
@@ -173,14 +176,18 @@ def generate_many(
         raise ValueError(f"{file} needs {size_text(needed)} of disk space, {size_text(free)} are free; free some, or "
                          "name a file elsewhere")  # fmt: skip
     _log.info("%s: sampling %d images", file, len(rows))
-    images = _generate(pipe, plan, options, rows, on_images=on_images)
+    tokens = np.empty((len(rows), pipe.transformer.network.config.num_tokens), np.int32)
+    images = _generate(pipe, plan, options, rows, tokens, on_images=on_images)
     if options.world_size == 1:
         with write_atomically(file) as stream:
-            write_samples(stream, plan, images, plan.labels)
+            # The tokens are known when the images are written, which come first.
+            write_samples(stream, plan, images, plan.labels, **({"tokens": tokens} if options.keep_tokens else {}))
         _remove_parts(file, folder)
         return BulkResult(len(rows))
     with write_atomically(parts[options.rank]) as stream:
         stream.writelines(images)
+        if options.keep_tokens:
+            stream.write(tokens.data)
     return BulkResult(len(rows), _join(file, plan, parts))
 
 
@@ -258,11 +265,19 @@ def _generate(
     plan: BulkPlan,
     options: BulkOptions,
     rows: range,
+    tokens: npt.NDArray[np.int32],
     *,
     on_images: Callable[[int], object],
 ) -> Iterator[bytes]:
-    """Yields the pixels of a range of images batch by batch; grey ones are repeated to three channels."""
+    """Yields the pixels of a range of images batch by batch; grey ones are repeated to three channels.
+
+    Writes the tokens of each batch into its rows of ``tokens``, (n, N), before it is yielded.
+    """
     labels = plan.labels.tolist()
+
+    def keep(step: DecodingStep) -> None:  # each step replaces the one before it
+        tokens[first - rows.start :][: len(batch)] = step.tokens.numpy(force=True)
+
     for first in range(rows.start, rows.stop, options.batch_size):
         batch = labels[first : min(first + options.batch_size, rows.stop)]
         images = pipe.generate(
@@ -273,6 +288,7 @@ def _generate(
             batch_size=options.batch_size,
             output_type="np",
             decoding=options.decoding,
+            callback=keep,
         )
         yield np.broadcast_to(images, (*images.shape[:3], 3)).tobytes()
         on_images(len(batch))
@@ -287,7 +303,7 @@ def _join(file: Path, plan: BulkPlan, parts: list[Path]) -> int:
     if missing == 0:
         try:
             with write_atomically(file) as stream:
-                write_samples(stream, plan, _read(parts), plan.labels)
+                write_samples(stream, plan, _read(parts, plan), plan.labels, **_read_tokens(parts, plan))
         except FileNotFoundError:  # another process has joined and deleted the parts
             missing = 1
     if missing and not is_finished(file, plan):
@@ -305,8 +321,27 @@ def _remove_parts(file: Path, folder: Path) -> None:
     remove_partials(file.parent, file.name)
 
 
-def _read(parts: list[Path]) -> Iterator[bytes]:
-    for part in parts:
+def _image_bytes(plan: BulkPlan, rank: int, world_size: int) -> int:
+    """Returns the number of bytes of the images of a rank, which are the beginning of its part."""
+    rows = plan.count * (rank + 1) // world_size - plan.count * rank // world_size
+    return rows * plan.image[0] * plan.image[1] * 3
+
+
+def _read(parts: list[Path], plan: BulkPlan) -> Iterator[bytes]:
+    for rank, part in enumerate(parts):
+        left = _image_bytes(plan, rank, len(parts))
         with part.open("rb") as stream:
-            while chunk := stream.read(_CHUNK):
+            while chunk := stream.read(min(left, _CHUNK)):
                 yield chunk
+                left -= len(chunk)
+
+
+def _read_tokens(parts: list[Path], plan: BulkPlan) -> dict[str, npt.NDArray[np.int32]]:
+    """Returns the tokens at the ends of the parts as ``tokens``, (n, N); an empty mapping if the parts have none."""
+    ends = []
+    for rank, part in enumerate(parts):
+        with part.open("rb") as stream:
+            stream.seek(_image_bytes(plan, rank, len(parts)))
+            ends.append(stream.read())
+    tokens = np.frombuffer(b"".join(ends), np.int32)
+    return {"tokens": tokens.reshape(plan.count, -1)} if tokens.size else {}

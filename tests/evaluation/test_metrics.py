@@ -51,7 +51,7 @@ def test_every_metric_has_a_title_of_its_own_and_a_direction() -> None:
 
 def test_computed_metrics_have_the_order_of_tables_and_can_be_searched_for() -> None:
     of_networks = ["fid", "sfid", "kid", "is", "precision", "recall"]
-    assert list(computed_metrics()) == [*of_networks, "class_agreement", "diversity"]
+    assert list(computed_metrics()) == [*of_networks, "class_agreement", "diversity", "two_sample", "two_sample_auc"]
     assert tuning_column("precision") == "precision/classifier"
     assert tuning_column("class_agreement") == "class_agreement"
     with pytest.raises(ValueError, match=r"metric must be one of fid, .*, diversity.*, got 'psnr_db'"):
