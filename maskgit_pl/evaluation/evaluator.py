@@ -162,6 +162,7 @@ class FeatureMetrics:
         """
         available = {
             "tokens": "tokens" in also,
+            "pixels": "pixels" in also,
             "features": True,
             "labels": True,
             "logits": self.extractor.knows_classes,
@@ -178,6 +179,35 @@ class FeatureMetrics:
         }
 
 
+def compare_images(
+    read: Callable[[range], Tensor],
+    labels: Tensor,
+    network: FeatureMetrics,
+    *,
+    pixels: FeatureMetrics | None = None,
+    grids: TokenGrids | None = None,
+    on_images: Callable[[int], object] = lambda count: None,
+) -> ComparedImages:
+    """Extracts the features of images in one pass, for their metrics; the ranks share the work.
+
+    Args:
+        read: Function that returns the (b, C, H, W) uint8 images of a range of rows.
+        labels: (n,) int64: requested classes.
+        network: The feature network.
+        pixels: The pixel network; None if no metric needs it.
+        grids: The tokens of the images; None if no metric needs them.
+        on_images: Called after each batch with its number of images.
+    """
+    judges = [network] if pixels is None else [network, pixels]
+    batches = iter_image_batches(read, len(labels))
+    features = extract([judge.extractor for judge in judges], batches, on_images=on_images).values()
+    compared, *in_pixels = (
+        ComparedImages(of_images, judge.reference, labels, judge.labels)
+        for of_images, judge in zip(features, judges, strict=True)
+    )
+    return replace(compared, grids=grids, in_pixels=in_pixels[0] if in_pixels else None)
+
+
 @dataclass(eq=False)
 class Evaluator:
     """An evaluator of models on the same data with the same networks.
@@ -192,6 +222,7 @@ class Evaluator:
         bars: Progress bars.
         batch_size: Images per batch of generation; it does not change results.
         device: Device of the networks and of the training of the CAS classifier.
+        pixels: The pixel network with the val split; None leaves out the metrics of pixels.
     """
 
     data: ShardData
@@ -201,6 +232,7 @@ class Evaluator:
     bars: Bars = no_bars
     batch_size: int = 100
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    pixels: FeatureMetrics | None = None
     # That of the running code; the user may commit other code before the measurement ends.
     _commit: str | None = field(default_factory=lambda: describe_environment()["commit"], init=False)
 
@@ -427,18 +459,24 @@ class Evaluator:
             row_columns = {**columns, **network.columns}
             if kind == "samples":  # the split is that of the reference; a file has none
                 row_columns["split"] = network.reference.split
-            chosen = network.choose(amount, also=["tokens"] if tokenizer is not None and label == first else [])
+            inputs = {"tokens": tokenizer, "pixels": self.pixels} if label == first else {}
+            chosen = network.choose(amount, also=[name for name, owner in inputs.items() if owner is not None])
             row = self._find(kind, row_columns, chosen)
             if row is None:
                 images = images or make()
-                batches = iter_image_batches(images.read, len(images.labels))
-                bar = self.bars(f"features of {label}", len(images.labels))
-                (features,) = extract([network.extractor], batches, on_images=bar).values()
+                needs = {need for metric in chosen.values() for need in metric.needs}
                 grids = None
-                if tokenizer is not None and any("tokens" in metric.needs for metric in chosen.values()):
+                if tokenizer is not None and "tokens" in needs:
                     assert images.tokens is not None
                     grids = self._real_grids(tokenizer).with_sampled(images.tokens)
-                compared = ComparedImages(features, network.reference, images.labels, network.labels, grids)
+                compared = compare_images(
+                    images.read,
+                    images.labels,
+                    network,
+                    pixels=self.pixels if "pixels" in needs else None,
+                    grids=grids,
+                    on_images=self.bars(f"features of {label}", len(images.labels)),
+                )
                 numbers = compute_metrics(chosen, compared)
                 if columns["model"] == REAL and "class_agreement" in numbers:
                     # A classifier may know its training images by heart.

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from maskgit_pl.evaluation.extractors import ImageFeatures
     from maskgit_pl.evaluation.reference import Reference
 
-_INPUTS = ("features", "labels", "logits", "spatial", "real_features", "real_labels", "tokens")
+_INPUTS = ("features", "labels", "logits", "spatial", "real_features", "real_labels", "tokens", "pixels")
 MOST_GRIDS = 2000  # of real images, which are encoded for the metrics of tokens
 Metrics: TypeAlias = Literal["all", "fast"]
 DEVIATION = "_deviation"  # suffix of the column of a standard deviation
@@ -58,10 +58,10 @@ class FeatureMetric(Metric, ABC):
 
     Attributes:
         of_network: False for a metric that only the classifier of the data computes, because it predicts the
-            classes that were requested, or that is computed once, because it reads no features but ``tokens``.
+            classes that were requested, or that is computed once, because it reads ``tokens`` or ``pixels``.
         needs: Names of the attributes of ``ComparedImages`` that ``compute`` reads: ``features``, ``logits``,
-            ``spatial``, ``labels``, ``real_features``, ``real_labels`` and ``tokens``. The metric is left out where
-            one of them is unknown, such as ``real_features`` for a reference file with statistics only.
+            ``spatial``, ``labels``, ``real_features``, ``real_labels``, ``tokens`` and ``pixels``. The metric is left
+            out where one of them is unknown, such as ``real_features`` for a reference file with statistics only.
         is_fast: False for a metric that takes much longer than the Frechet distance; a search leaves it out.
     """
 
@@ -97,7 +97,7 @@ metrics: Registry[Metric] = Registry(
     "metric",
     "maskgit_pl.metrics",
     check=_check_metric,
-    modules=("maskgit_pl.evaluation.distances",),
+    modules=("maskgit_pl.evaluation.distances", "maskgit_pl.evaluation.pixels"),
 )
 
 
@@ -157,6 +157,7 @@ class ComparedImages:
         labels: (n,) int64: requested classes.
         real_labels: (m,) int64: classes of the real images; None if unknown.
         grids: Their tokens; None if they are unknown, or no metric needs them.
+        in_pixels: The same images in the features of ``pixels.PixelNetwork``; None if no metric needs them.
     """
 
     generated: ImageFeatures
@@ -164,6 +165,7 @@ class ComparedImages:
     labels: Tensor
     real_labels: Tensor | None = None
     grids: TokenGrids | None = None
+    in_pixels: ComparedImages | None = None
     _results: dict[Callable[..., Any], Any] = field(default_factory=dict, init=False, repr=False)
 
     @cached_property
@@ -194,6 +196,12 @@ class ComparedImages:
         """The token grids of generated and real images."""
         assert self.grids is not None
         return self.grids
+
+    @property
+    def pixels(self) -> ComparedImages:
+        """The same images, in the features of ``PixelNetwork``."""
+        assert self.in_pixels is not None
+        return self.in_pixels
 
     def once(self, compute: Callable[..., _Result], *arguments: object) -> _Result:
         """Returns ``compute(*arguments)``, which is called once for all metrics that come from it."""
