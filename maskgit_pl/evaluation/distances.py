@@ -134,41 +134,35 @@ class Diversity(FeatureMetric):
         return diversity(images.features, images.labels, images.real_features, images.real_labels)
 
 
-class _TwoSample(FeatureMetric):
-    """A metric of the grids of at least 200 images of each kind that have the same classes."""
-
-    of_network = False
-    needs = ("labels", "tokens")
-    is_fast = False
-
-
 @metrics.register("two_sample")
-class TwoSample(_TwoSample):
+class TwoSample(FeatureMetric):
     """The accuracy with which a new network tells sampled token grids from real ones; 50 % if it cannot.
 
-    The real grids are those of val images, which the model has not seen: copies of training images pass. None if the
-    network does not find a planted fault either, with as many grids.
+    The real grids are those of val images, which the model has not seen: copies of training images pass. None below
+    200 images of each kind with the same classes, and if the network does not find a planted fault either.
     """
 
     title = "told from real %"
     factor = 100
     digits = 1
+    of_network = False
+    needs = ("labels", "tokens")
+    is_fast = False
+    column = 0  # of the result
 
     def compute(self, images: ComparedImages) -> tuple[float, float] | None:
         measured = images.once(two_sample, images.tokens, images.labels)
-        return measured and measured[0]
+        return measured and measured[self.column]
 
 
 @metrics.register("two_sample_auc")
-class TwoSampleAUC(_TwoSample):
+class TwoSampleAUC(TwoSample):
     """The area under the ROC curve of the network of ``two_sample``; 0.5 if it cannot tell the grids apart."""
 
     title = "told from real, AUC"
+    factor = 1
     digits = 3
-
-    def compute(self, images: ComparedImages) -> tuple[float, float] | None:
-        measured = images.once(two_sample, images.tokens, images.labels)
-        return measured and measured[1]
+    column = 1
 
 
 def frechet_distance(generated: Statistics, real: Statistics) -> float:

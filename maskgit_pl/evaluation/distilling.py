@@ -133,7 +133,7 @@ class QualityMonitor(Callback):
             torch.tensor(labels),
             judge,
             pixels=self.pixels,
-            grids=self.grids.with_sampled(tokens),
+            tokens=self.grids.with_sampled(tokens),
         )
         known = judge.choose(also=["tokens", "pixels"])
         chosen = {name: metric for name, metric in known.items() if name in _METRICS}

@@ -119,7 +119,7 @@ class EvaluatedModel:
     def samples_file(self, decoding: DecodingConfig, *, num_images: int, seed: int) -> Path:
         """Returns the file of generated images, whose name is a hash of everything that determines them."""
         digests = {name: self.identity[name] for name in ("tokenizer", "transformer", "config")}
-        key = [digests, self.decoding_key(decoding), num_images, seed, "tokens"]
+        key = [digests, self.decoding_key(decoding), num_images, seed, "tokens"]  # which older files lack
         return self.folder / f"samples-{shorten_digest(digest_of(key))}.npz"
 
 
@@ -153,12 +153,9 @@ class FeatureMetrics:
         return class_agreement(features.logits.argmax(1), self.labels)
 
     def choose(self, amount: Metrics = "all", *, also: Sequence[str] = ()) -> dict[str, FeatureMetric]:
-        """Returns the metrics that can be computed, by name.
+        """Returns the metrics that can be computed, by name; ``"fast"`` leaves out the slow ones.
 
-        Args:
-            amount: ``"fast"`` leaves out the slow ones.
-            also: Inputs that are no features, such as ``tokens``, if this network is the one that computes their
-                metrics.
+        ``also`` are inputs beside features, such as ``tokens``, if this network is the one that computes their metrics.
         """
         available = {
             "tokens": "tokens" in also,
@@ -185,7 +182,7 @@ def compare_images(
     network: FeatureMetrics,
     *,
     pixels: FeatureMetrics | None = None,
-    grids: TokenGrids | None = None,
+    tokens: TokenGrids | None = None,
     on_images: Callable[[int], object] = lambda count: None,
 ) -> ComparedImages:
     """Extracts the features of images in one pass, for their metrics; the ranks share the work.
@@ -195,7 +192,7 @@ def compare_images(
         labels: (n,) int64: requested classes.
         network: The feature network.
         pixels: The pixel network; None if no metric needs it.
-        grids: The tokens of the images; None if no metric needs them.
+        tokens: The tokens of the images; None if no metric needs them.
         on_images: Called after each batch with its number of images.
     """
     judges = [network] if pixels is None else [network, pixels]
@@ -205,7 +202,7 @@ def compare_images(
         ComparedImages(of_images, judge.reference, labels, judge.labels)
         for of_images, judge in zip(features, judges, strict=True)
     )
-    return replace(compared, grids=grids, in_pixels=in_pixels[0] if in_pixels else None)
+    return replace(compared, tokens=tokens, pixels=in_pixels[0] if in_pixels else None)
 
 
 @dataclass(eq=False)
@@ -465,16 +462,16 @@ class Evaluator:
             if row is None:
                 images = images or make()
                 needs = {need for metric in chosen.values() for need in metric.needs}
-                grids = None
+                tokens = None
                 if tokenizer is not None and "tokens" in needs:
                     assert images.tokens is not None
-                    grids = self._real_grids(tokenizer).with_sampled(images.tokens)
+                    tokens = self._real_grids(tokenizer).with_sampled(images.tokens)
                 compared = compare_images(
                     images.read,
                     images.labels,
                     network,
                     pixels=self.pixels if "pixels" in needs else None,
-                    grids=grids,
+                    tokens=tokens,
                     on_images=self.bars(f"features of {label}", len(images.labels)),
                 )
                 numbers = compute_metrics(chosen, compared)

@@ -156,16 +156,16 @@ class ComparedImages:
         reference: Features or statistics of m real images, from the same network.
         labels: (n,) int64: requested classes.
         real_labels: (m,) int64: classes of the real images; None if unknown.
-        grids: Their tokens; None if they are unknown, or no metric needs them.
-        in_pixels: The same images in the features of ``pixels.PixelNetwork``; None if no metric needs them.
+        tokens: Their tokens; None if they are unknown, or no metric needs them.
+        pixels: The same images in the features of ``PixelNetwork``; None if no metric needs them.
     """
 
     generated: ImageFeatures
     reference: Reference
     labels: Tensor
     real_labels: Tensor | None = None
-    grids: TokenGrids | None = None
-    in_pixels: ComparedImages | None = None
+    tokens: TokenGrids | None = None
+    pixels: ComparedImages | None = None
     _results: dict[Callable[..., Any], Any] = field(default_factory=dict, init=False, repr=False)
 
     @cached_property
@@ -190,18 +190,6 @@ class ComparedImages:
         """The pooled features of the real images, (m, D) float64."""
         assert self.reference.features is not None
         return self.reference.features.pooled.double()
-
-    @property
-    def tokens(self) -> TokenGrids:
-        """The token grids of generated and real images."""
-        assert self.grids is not None
-        return self.grids
-
-    @property
-    def pixels(self) -> ComparedImages:
-        """The same images, in the features of ``PixelNetwork``."""
-        assert self.in_pixels is not None
-        return self.in_pixels
 
     def once(self, compute: Callable[..., _Result], *arguments: object) -> _Result:
         """Returns ``compute(*arguments)``, which is called once for all metrics that come from it."""

@@ -6,6 +6,8 @@ trained networks.
 
 from __future__ import annotations
 
+from abc import abstractmethod
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -38,10 +40,6 @@ class PixelNetwork(nn.Module):
         waves = torch.tensor([[1, 1, 0], [-1, 0, 1], [1, -1, 0], [-1, 0, -1]]).float()
         self.register_buffer("waves", waves.repeat(_BLOCK // 4, 1))
 
-    def extra_repr(self) -> str:
-        """Returns what the digest of the network must contain besides its buffer."""
-        return f"side={_SIDE}, even={_EVEN}"
-
     def forward(self, images: Tensor) -> FeatureOutput:
         """Returns (B, 4 + C s t) float features of (B, C, H, W) uint8 images, where s and t are at most 16 pixels."""
         pixels = images.float() / 255
@@ -72,6 +70,15 @@ def pixel_extractor() -> Extractor:
 class _OfPixels(FeatureMetric):
     of_network = False
     needs = ("pixels",)
+    digits = 3
+
+    def compute(self, images: ComparedImages) -> float | None:
+        assert images.pixels is not None
+        return self.measure(images.pixels)
+
+    @abstractmethod
+    def measure(self, images: ComparedImages) -> float | None:
+        """Computes the metric of images in the features of ``PixelNetwork``."""
 
 
 @metrics.register("pixel_fid")
@@ -82,30 +89,24 @@ class PixelFID(_OfPixels):
     """
 
     title = "pixel FID"
-    digits = 3
 
-    def compute(self, images: ComparedImages) -> float:
-        generated, real = (
-            features[:, _FIRST_PIXEL:] for features in (images.pixels.features, images.pixels.real_features)
-        )
+    def measure(self, images: ComparedImages) -> float:
+        generated, real = (pixels[:, _FIRST_PIXEL:] for pixels in (images.features, images.real_features))
         components = torch.linalg.eigh(Statistics.from_features(real).covariance)[1][:, -_COMPONENTS:]
-        of_generated, of_real = (Statistics.from_features(pixels @ components) for pixels in (generated, real))
-        return frechet_distance(of_generated, of_real)
+        return frechet_distance(*(Statistics.from_features(pixels @ components) for pixels in (generated, real)))
 
 
 class _Spread(_OfPixels):
     """The standard deviation of a column in a class, mean over classes, of generated images relative to real ones."""
 
-    digits = 3
     higher_is_better = True
     column: int
 
-    def compute(self, images: ComparedImages) -> float | None:
-        pixels = images.pixels
-        assert pixels.real_labels is not None
-        kinds = [(pixels.features, pixels.labels), (pixels.real_features, pixels.real_labels)]
+    def measure(self, images: ComparedImages) -> float | None:
+        assert images.real_labels is not None
+        kinds = [(images.features, images.labels), (images.real_features, images.real_labels)]
         pairs = []  # deviations (generated, real) of each class
-        for label in torch.unique(pixels.labels):
+        for label in torch.unique(images.labels):
             values = [features[labels == label, self.column] for features, labels in kinds]
             if min(map(len, values)) >= 2:
                 pairs.append(torch.stack([of_class.std() for of_class in values]))
@@ -139,6 +140,6 @@ class Weave(_OfPixels):
 
     title = "weave"
 
-    def compute(self, images: ComparedImages) -> float | None:
-        two, four = images.pixels.features[:, [_PERIOD_2, _PERIOD_4]].sum(0).tolist()
+    def measure(self, images: ComparedImages) -> float | None:
+        two, four = images.features[:, [_PERIOD_2, _PERIOD_4]].sum(0).tolist()
         return two / four if four > 0 else None

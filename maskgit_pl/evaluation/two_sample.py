@@ -44,15 +44,11 @@ def two_sample(grids: TokenGrids, labels: Tensor) -> tuple[tuple[float, float], 
     if len(real) < _LEAST:
         return None
     if not _finds_replaced_tokens(grids.real, grids.real_labels, grids.codes, len(real)):
-        _log.warning(
-            "two_sample is blind: with %d grids of each kind, it does not find replaced tokens of real grids; raise "
-            "--num-images, at most to %d",
-            len(real),
-            MOST_GRIDS,
-        )
+        advice = f"raise --num-images, at most to {MOST_GRIDS}"
+        _log.warning("two_sample is blind: %d real grids do not show replaced tokens; %s", len(real), advice)
         return None
     pairs = grids.real[real], grids.sampled[sampled], grids.real_labels[real]
-    results = torch.tensor([tell_apart(*pairs, grids.codes, seed=seed) for seed in _SEEDS], dtype=torch.float64)
+    results = torch.tensor([_tell_apart(*pairs, grids.codes, seed=seed) for seed in _SEEDS], dtype=torch.float64)
     (accuracy, area), (spread, spread_of_area) = results.mean(0).tolist(), results.std(0, correction=0).tolist()
     return (accuracy, spread), (area, spread_of_area)
 
@@ -76,7 +72,7 @@ def _finds_replaced_tokens(real: Tensor, labels: Tensor, codes: Tensor, count: i
     The fault: each token is, with probability 0.2, that of another grid at the same place. The cache
     compares tensors by identity.
     """
-    area = tell_apart(real[:count], replace_tokens(real[:count], _REPLACED), labels[:count], codes, seed=0)[1]
+    area = _tell_apart(real[:count], replace_tokens(real[:count], _REPLACED), labels[:count], codes, seed=0)[1]
     return area >= _FOUND
 
 
@@ -87,14 +83,10 @@ def replace_tokens(grids: Tensor, share: float, *, seed: int = 0) -> Tensor:
     return torch.where(torch.rand(grids.shape, generator=generator) < share, grids.gather(0, donors), grids)
 
 
-class GridJudge(nn.Module):
-    """A small convolutional network that tells two kinds of token grids apart, given their class.
+class _Judge(nn.Module):
+    """A small convolutional network that tells two kinds of token grids, of one to three axes, apart by their class.
 
-    Args:
-        codes: (K, D) float: the tokenizer's code vectors. A network that learns vectors of its own would need
-            many more grids to see that two codes look alike.
-        num_classes: Number of classes.
-        axes: Number of axes of a grid, in {1, 2, 3}.
+    It sees (K, D) float code vectors: with vectors of its own, it would have to learn which codes look alike.
     """
 
     codes: Tensor
@@ -120,18 +112,10 @@ class GridJudge(nn.Module):
         return self.head(torch.cat([hidden.mean(2), hidden.amax(2)], 1)).squeeze(1)  # type: ignore[no-any-return]
 
 
-def tell_apart(real: Tensor, sampled: Tensor, labels: Tensor, codes: Tensor, *, seed: int) -> tuple[float, float]:
-    """Trains a ``GridJudge`` on three quarters of the grids, and tests it on the others.
+def _tell_apart(real: Tensor, sampled: Tensor, labels: Tensor, codes: Tensor, *, seed: int) -> tuple[float, float]:
+    """Returns accuracy and area under the ROC curve of a network for pairs of (n, *grid) grids with (n,) classes.
 
-    Args:
-        real: (n, *grid) int64 in [0, K): grids of the first kind.
-        sampled: (n, *grid) int64: grids of the second kind, of the same classes.
-        labels: (n,) int64: class of each pair of grids.
-        codes: (K, D) float code vectors.
-        seed: Seed of weights and order, and index of the quarter that is tested, in [0, 4).
-
-    Returns:
-        The accuracy and the area under the ROC curve on the tested grids; 0.5 if it cannot tell them apart.
+    It is trained on three quarters of the pairs, and tested on the quarter ``seed``, in [0, 4).
     """
     tested = torch.arange(len(labels)) % _TESTED == seed
     tokens, classes = torch.cat([real[~tested], sampled[~tested]]), labels[~tested].repeat(2)
@@ -139,7 +123,7 @@ def tell_apart(real: Tensor, sampled: Tensor, labels: Tensor, codes: Tensor, *, 
     is_real = (torch.arange(count) < count // 2).float()
     with use_threads(1), torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.manual_seed(seed)
-        judge = GridJudge(codes, int(labels.max()) + 1, real.ndim - 1)
+        judge = _Judge(codes, int(labels.max()) + 1, real.ndim - 1)
         optimizer = torch.optim.AdamW(judge.parameters(), _RATE, weight_decay=_WEIGHT_DECAY)
         batches = [rows for _ in range(_EPOCHS) for rows in torch.split(torch.randperm(count), _BATCH)]
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _RATE, total_steps=len(batches))

@@ -14,6 +14,7 @@ import json
 import logging
 import shutil
 import zipfile
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -167,7 +168,7 @@ def generate_many(
     folder, digest = file.with_name(f"{file.name}.parts"), hashlib.sha256(identity).hexdigest()[:16]
     parts = [folder / f"{digest}-{rank}-of-{options.world_size}" for rank in range(options.world_size)]
     if parts[options.rank].exists():
-        return BulkResult(0, _join(file, plan, parts))
+        return BulkResult(0, _join(file, plan, parts, options))
     rows = range(*(plan.count * rank // options.world_size for rank in (options.rank, options.rank + 1)))
     folder.mkdir(parents=True, exist_ok=True)
     remove_partials(folder, parts[options.rank].name)
@@ -176,19 +177,20 @@ def generate_many(
         raise ValueError(f"{file} needs {size_text(needed)} of disk space, {size_text(free)} are free; free some, or "
                          "name a file elsewhere")  # fmt: skip
     _log.info("%s: sampling %d images", file, len(rows))
-    tokens = np.empty((len(rows), pipe.transformer.network.config.num_tokens), np.int32)
-    images = _generate(pipe, plan, options, rows, tokens, on_images=on_images)
+    arrays = {}
+    if options.keep_tokens:  # they are filled in with the images, which are written first
+        arrays["tokens"] = np.empty((len(rows), pipe.transformer.network.config.num_tokens), np.int32)
+    images = _generate(pipe, plan, options, rows, arrays.get("tokens"), on_images=on_images)
     if options.world_size == 1:
         with write_atomically(file) as stream:
-            # The tokens are known when the images are written, which come first.
-            write_samples(stream, plan, images, plan.labels, **({"tokens": tokens} if options.keep_tokens else {}))
+            write_samples(stream, plan, images, plan.labels, **arrays)
         _remove_parts(file, folder)
         return BulkResult(len(rows))
     with write_atomically(parts[options.rank]) as stream:
         stream.writelines(images)
-        if options.keep_tokens:
-            stream.write(tokens.data)
-    return BulkResult(len(rows), _join(file, plan, parts))
+        for tokens in arrays.values():  # complete before the part appears
+            np.save(_tokens_of(parts[options.rank]), tokens)
+    return BulkResult(len(rows), _join(file, plan, parts, options))
 
 
 def make_plan(pipe: MaskGIT, options: BulkOptions) -> BulkPlan:
@@ -265,19 +267,15 @@ def _generate(
     plan: BulkPlan,
     options: BulkOptions,
     rows: range,
-    tokens: npt.NDArray[np.int32],
+    tokens: npt.NDArray[np.int32] | None,
     *,
     on_images: Callable[[int], object],
 ) -> Iterator[bytes]:
     """Yields the pixels of a range of images batch by batch; grey ones are repeated to three channels.
 
-    Writes the tokens of each batch into its rows of ``tokens``, (n, N), before it is yielded.
+    Writes their tokens into the rows of ``tokens``, unless it is None.
     """
-    labels = plan.labels.tolist()
-
-    def keep(step: DecodingStep) -> None:  # each step replaces the one before it
-        tokens[first - rows.start :][: len(batch)] = step.tokens.numpy(force=True)
-
+    labels, steps = plan.labels.tolist(), deque[DecodingStep](maxlen=1)
     for first in range(rows.start, rows.stop, options.batch_size):
         batch = labels[first : min(first + options.batch_size, rows.stop)]
         images = pipe.generate(
@@ -288,13 +286,15 @@ def _generate(
             batch_size=options.batch_size,
             output_type="np",
             decoding=options.decoding,
-            callback=keep,
+            callback=None if tokens is None else steps.append,
         )
+        if tokens is not None:
+            tokens[first - rows.start :][: len(batch)] = steps[-1].tokens.numpy(force=True)
         yield np.broadcast_to(images, (*images.shape[:3], 3)).tobytes()
         on_images(len(batch))
 
 
-def _join(file: Path, plan: BulkPlan, parts: list[Path]) -> int:
+def _join(file: Path, plan: BulkPlan, parts: list[Path], options: BulkOptions) -> int:
     """Joins the parts to the file and deletes them if all exist; returns the number of those that are missing.
 
     Two processes that join at the same time write the same bytes. The slower one finds the file complete.
@@ -302,14 +302,21 @@ def _join(file: Path, plan: BulkPlan, parts: list[Path]) -> int:
     missing = sum(not part.exists() for part in parts)
     if missing == 0:
         try:
+            arrays = {}
+            if options.keep_tokens:
+                arrays["tokens"] = np.concatenate([np.load(_tokens_of(part)) for part in parts])
             with write_atomically(file) as stream:
-                write_samples(stream, plan, _read(parts, plan), plan.labels, **_read_tokens(parts, plan))
+                write_samples(stream, plan, _read(parts), plan.labels, **arrays)
         except FileNotFoundError:  # another process has joined and deleted the parts
             missing = 1
     if missing and not is_finished(file, plan):
         return missing
     _remove_parts(file, parts[0].parent)
     return 0
+
+
+def _tokens_of(part: Path) -> Path:
+    return part.with_name(f"{part.name}-tokens.npy")
 
 
 def _remove_parts(file: Path, folder: Path) -> None:
@@ -321,27 +328,8 @@ def _remove_parts(file: Path, folder: Path) -> None:
     remove_partials(file.parent, file.name)
 
 
-def _image_bytes(plan: BulkPlan, rank: int, world_size: int) -> int:
-    """Returns the number of bytes of the images of a rank, which are the beginning of its part."""
-    rows = plan.count * (rank + 1) // world_size - plan.count * rank // world_size
-    return rows * plan.image[0] * plan.image[1] * 3
-
-
-def _read(parts: list[Path], plan: BulkPlan) -> Iterator[bytes]:
-    for rank, part in enumerate(parts):
-        left = _image_bytes(plan, rank, len(parts))
+def _read(parts: list[Path]) -> Iterator[bytes]:
+    for part in parts:
         with part.open("rb") as stream:
-            while chunk := stream.read(min(left, _CHUNK)):
+            while chunk := stream.read(_CHUNK):
                 yield chunk
-                left -= len(chunk)
-
-
-def _read_tokens(parts: list[Path], plan: BulkPlan) -> dict[str, npt.NDArray[np.int32]]:
-    """Returns the tokens at the ends of the parts as ``tokens``, (n, N); an empty mapping if the parts have none."""
-    ends = []
-    for rank, part in enumerate(parts):
-        with part.open("rb") as stream:
-            stream.seek(_image_bytes(plan, rank, len(parts)))
-            ends.append(stream.read())
-    tokens = np.frombuffer(b"".join(ends), np.int32)
-    return {"tokens": tokens.reshape(plan.count, -1)} if tokens.size else {}

@@ -28,7 +28,7 @@ def value(name: str, generated: torch.Tensor, real: torch.Tensor) -> float | Non
         )
         reference = Reference.from_features(of_real)
         compared.append(ComparedImages(of_generated, reference, labels[: len(generated)], labels))
-    known = computed_metrics()[name].compute(replace(compared[0], in_pixels=compared[1]))
+    known = computed_metrics()[name].compute(replace(compared[0], pixels=compared[1]))
     assert not isinstance(known, tuple)
     return known
 
