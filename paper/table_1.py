@@ -65,7 +65,8 @@ _GENERATION = (  # paper, Table 1
 )
 OTHER_STEPS = "FID by number of steps"  # purpose of rows whose T is not that of their model
 SETTINGS = ("backbone", "settings")  # columns of the cost of a model that its other rows get
-_NO_COLUMN = ("diversity", "seconds_per_image")  # metrics that the table does not show, or elsewhere
+# Metrics that the table does not show, or elsewhere.
+_NO_COLUMN = ("diversity", "seconds_per_image", "two_sample_auc", "brightness_spread", "contrast_spread", "weave")
 _NAMED_AFTER_NETWORK = ("fid", "sfid", "kid", "is")
 
 
