@@ -23,6 +23,7 @@ _SIDE = 16  # pixels of the smaller image
 _BLOCK = 8  # pixels, a multiple of both periods
 _EVEN = 0.05  # largest difference between the means of the quarters of an even block, of pixels in [0, 1]
 _COMPONENTS = 64
+_PLAIN = 1e-9  # power of rounding errors; one grey level in one pixel has more than 1e-6
 
 
 class PixelNetwork(nn.Module):
@@ -142,4 +143,4 @@ class Weave(_OfPixels):
 
     def measure(self, images: ComparedImages) -> float | None:
         two, four = images.features[:, [_PERIOD_2, _PERIOD_4]].sum(0).tolist()
-        return two / four if four > 0 else None
+        return two / four if four > _PLAIN else None
