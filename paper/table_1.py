@@ -147,7 +147,7 @@ def table_1(
             for model, mark in zip(models, marks, strict=True)
             for row in evaluator.measure_samples(model, model.pipe.decoding, num_images=count, seed=seed).values()
         ]
-        rows += evaluator.measure_real(num_images=count, model=models[0]).values()
+        rows += evaluator.measure_real(num_images=count, model=models[0]).values()  # tokens are those of the first
         first, *_ = evaluator.networks
         measure = partial(evaluator.measure_samples, num_images=count, seed=seed, networks=[first], metrics="fast")
         other_steps = [
