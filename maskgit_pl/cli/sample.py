@@ -135,7 +135,7 @@ def _generate(
     # One row of the picture for each class.
     labels = [label for label in classes for _ in range(per_class)]
     seeds = [seed + row for row in range(len(labels))]
-    with record_steps("sampling", len(labels)) as (after_step, _):
+    with record_steps("sampling", len(labels)) as (after_step, steps):
         images: Any = pipe.generate(labels, output_type="pt", seed=seed, callback=after_step, **options)
     # The first images of the classes lie in different batches, so they are decoded again for the animation.
     rows = range(0, len(labels), per_class if len(classes) > 1 else 1)[:_ANIMATED]
@@ -144,7 +144,7 @@ def _generate(
         recording = pipe.record([labels[row] for row in rows], seed=[seeds[row] for row in rows], **options)
     sheet = image_grid(images, columns=per_class, row_captions=[pipe.class_names[label] for label in classes])
     what = f"{count_text(len(images), 'image')} of {count_text(len(classes), 'class')}"
-    summary = f"{what} in {count_text(options['decoding'].num_steps, 'step')}"
+    summary = f"{what} in {count_text(len(steps), 'step')}"
     pictures.write(out, sheet, summary, images=images, labels=labels, seeds=seeds, recording=recording)
 
 
