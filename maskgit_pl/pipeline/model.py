@@ -93,8 +93,9 @@ class MaskGIT:
         transformer.check_tokenizer(tokenizer.fingerprint)
         grid = transformer.network.config.grid
         if tokenizer.grid != grid:
+            axes = " x ".join(map(str, grid))
             raise ValueError(
-                f"image_size of the tokenizer must give the transformer's grid of {grid[0]} x {grid[1]} tokens, got "
+                f"image_size of the tokenizer must give the transformer's grid of {axes} tokens, got "
                 f"{pixels_text(tokenizer.image_size)} pixels with a grid of {tokenizer.grid[0]} x {tokenizer.grid[1]}"
             )
         self.tokenizer, self.transformer = tokenizer, transformer
