@@ -19,6 +19,12 @@ def _read_class_names(flag: str, text: str) -> Sequence[str]:
     return parse_class_names(text)
 
 
+def _read_grid(flag: str, text: str) -> tuple[int, ...]:
+    from maskgit_pl.data.own_tokens import parse_grid
+
+    return parse_grid(flag, text)
+
+
 Pattern = Annotated[str, Word("PATTERN")]
 ClassNames = Annotated[Sequence[str], Word("A,B,...|FILE", _read_class_names)]
 
@@ -112,6 +118,40 @@ def index(
             on_shard=lambda split, total: advance(split, 1, total),
         )
     print(describe_data(folder, "indexed", index_lines(folder, splits, how, manifests)))
+
+
+def tokens(
+    source: Annotated[Path, Word("FILE|DIR")],
+    *,
+    grid: Annotated[tuple[int, ...], Word("4x7x7", _read_grid)],
+    codebook_size: int,
+    out: Folder,
+    labels: Annotated[Path, Word("FILE")] | None = None,
+    val_fraction: float = 0.1,
+) -> None:
+    """Writes tokens of another tokenizer as a token store.
+
+    The source is a .npy file of integers, or a folder of them in the order of their names. An array has a row of
+    tokens for each sample, in raster order, or the axes of the grid.
+
+    Example: maskgit data tokens clips.npy --grid 4x7x7 --codebook-size 256 --out data/tokens/clips
+
+    Args:
+        source: File or folder of arrays.
+        grid: Sides of the token grid: N, HxW or TxHxW.
+        codebook_size: Number of codes of the tokenizer.
+        out: Token store to write.
+        labels: Class number of each sample, .npy or text with one number per line (default: one class).
+        val_fraction: Fraction of the samples for validation.
+    """
+    from maskgit_pl.data.own_tokens import write_own_tokens
+
+    made = write_own_tokens(
+        source, out, grid=grid, codebook_size=codebook_size, labels=labels, val_fraction=val_fraction
+    )
+    counts = ", ".join(f"{split} {count}" for split, count in made.samples.items())
+    classes = count_text(len(made.classes), "class")
+    print(f"{out}: {counts}; {made.num_tokens} tokens of {made.codebook_size} codes; {classes}")
 
 
 def verify(folder: Folder, *, decode: bool = False, num_workers: int | None = None) -> None:

@@ -264,6 +264,7 @@ def _read_parts(
     listed = description.augmentations
     augmentations = build_augmentations(parse_any_json(listed, "augmentations") if listed else ["random_crop"])
     size = config.batch_size
+    assert description.image_size is not None  # of ``describe_store``
     # One loader per crop and not per part: its workers keep decoding at the border between parts.
     for crop in sorted({part.crop for part in parts}):
         # No batch spans two parts, so batches do not depend on the ranks.
