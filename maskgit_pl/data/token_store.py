@@ -28,7 +28,7 @@ import numpy.typing as npt
 
 from maskgit_pl.checks import ImageSize, as_image_size, build_dataclass, check_integer, check_integers, check_number
 from maskgit_pl.data.arrays import check_unchanged, map_array
-from maskgit_pl.data.manifest import Split
+from maskgit_pl.data.manifest import DataSummary, Split, read_manifest_summary
 from maskgit_pl.files import read_json, sha256_of
 from maskgit_pl.text import shorten
 
@@ -98,6 +98,19 @@ def read_description(folder: str | Path) -> StoreDescription:
     if content.pop("format", None) != FORMAT:
         raise ValueError(f"token store {path} must have format {FORMAT}; {REMAKE_HINT}")
     return build_dataclass(StoreDescription, content, str(path))
+
+
+def is_store(folder: str | Path) -> bool:
+    """Returns whether a data folder is a finished token store, which a run reads without images and tokenizer."""
+    return (Path(folder) / DESCRIPTION_FILE).is_file()
+
+
+def read_data_summary(folder: str | Path) -> DataSummary:
+    """Reads class names, counts and fingerprint of a data folder, or of a token store in its place."""
+    if not is_store(folder):
+        return read_manifest_summary(folder)
+    store = read_description(folder)
+    return DataSummary({}, store.classes, store.samples, None, store.data, tokens=(store.grid, store.codebook_size))
 
 
 def plain_description(description: StoreDescription) -> dict[str, Any]:
