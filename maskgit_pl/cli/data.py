@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -10,7 +11,7 @@ from maskgit_pl.cli.arguments import Word
 from maskgit_pl.cli.flags import Folder, ImageSize, check_one_of
 from maskgit_pl.data.sources.public import public_datasets
 from maskgit_pl.processes import named_bars
-from maskgit_pl.text import count_text
+from maskgit_pl.text import count_text, shorten
 
 
 def _read_class_names(flag: str, text: str) -> Sequence[str]:
@@ -20,9 +21,9 @@ def _read_class_names(flag: str, text: str) -> Sequence[str]:
 
 
 def _read_grid(flag: str, text: str) -> tuple[int, ...]:
-    from maskgit_pl.data.own_tokens import parse_grid
-
-    return parse_grid(flag, text)
+    if not re.fullmatch(r"[1-9][0-9]{0,6}(x[1-9][0-9]{0,6}){0,2}", text):
+        raise ValueError(f"{flag} must be one to three numbers such as 256, 16x16 or 4x7x7, got {shorten(text)}")
+    return tuple(map(int, text.split("x")))
 
 
 Pattern = Annotated[str, Word("PATTERN")]
@@ -134,7 +135,7 @@ def tokens(
     The source is a .npy file of integers, or a folder of them in the order of their names. An array has a row of
     tokens for each sample, in raster order, or the axes of the grid.
 
-    Example: maskgit data tokens clips.npy --grid 4x7x7 --codebook-size 256 --out data/tokens/clips
+    Example: maskgit data tokens clips.npy --grid 4x7x7 --codebook-size 256 --out data/clips
 
     Args:
         source: File or folder of arrays.
@@ -149,9 +150,8 @@ def tokens(
     made = write_own_tokens(
         source, out, grid=grid, codebook_size=codebook_size, labels=labels, val_fraction=val_fraction
     )
-    counts = ", ".join(f"{split} {count}" for split, count in made.samples.items())
-    classes = count_text(len(made.classes), "class")
-    print(f"{out}: {counts}; {made.num_tokens} tokens of {made.codebook_size} codes; {classes}")
+    counts = ", ".join(f"{count:,} {split}" for split, count in made.samples.items())
+    print(f"{out}: {counts}; {made.num_tokens} tokens each; {count_text(len(made.classes), 'class')}")
 
 
 def verify(folder: Folder, *, decode: bool = False, num_workers: int | None = None) -> None:

@@ -17,26 +17,12 @@ from maskgit_pl.data.arrays import map_any_array
 from maskgit_pl.data.manifest import Split
 from maskgit_pl.data.token_store import StoreDescription
 from maskgit_pl.data.tokenizing import StoreParts
-from maskgit_pl.files import read_text, sha256_of
+from maskgit_pl.files import sha256_of
 from maskgit_pl.folders import hold_lock
 from maskgit_pl.randomness import random_bits
-from maskgit_pl.text import shorten
 
-_MOST_AXES, _MOST_DIGITS = 3, 7
 _MOST_CLASSES = 100_000  # of a backbone
 _PART_SIZE = 4096
-
-
-def parse_grid(flag: str, text: str) -> tuple[int, ...]:
-    """Parses the sides of a token grid, such as ``4x7x7``; raises a ``ValueError`` that names ``flag``."""
-    sides = text.split("x")
-    if len(sides) > _MOST_AXES or not all(map(_is_side, sides)):
-        raise ValueError(f"{flag} must be one to three numbers such as 256, 16x16 or 4x7x7, got {shorten(text)}")
-    return tuple(map(int, sides))
-
-
-def _is_side(text: str) -> bool:
-    return text.isascii() and text.isdigit() and len(text) <= _MOST_DIGITS and int(text) > 0
 
 
 def write_own_tokens(
@@ -94,13 +80,11 @@ def write_own_tokens(
         parts = StoreParts(out, description, part_size=_PART_SIZE)
         for part in parts.parts():
             rows = chosen[part.split][part.start : part.stop]
-            # Rising rows, so those of an array are neighbours.
-            pieces = [
-                array[rows[(first <= rows) & (rows < first + len(array))] - first]
-                for first, array in zip(starts[:-1], arrays, strict=True)
-            ]
-            tokens = np.concatenate([piece.astype(np.int64) for piece in pieces])
-            parts.write(part, tokens[:, None], numbers[rows])
+            tokens = np.empty((len(rows), 1, math.prod(grid)), np.int64)
+            for first, array in zip(starts, arrays, strict=False):
+                is_of_array = (first <= rows) & (rows < first + len(array))
+                tokens[is_of_array, 0] = array[rows[is_of_array] - first]
+            parts.write(part, tokens, numbers[rows])
         parts.finish()
     return description
 
@@ -127,20 +111,14 @@ def _map_tokens(path: Path, grid: tuple[int, ...], codebook_size: int) -> npt.ND
 
 def _read_labels(path: Path, count: int) -> npt.NDArray[np.int64]:
     """Reads the labels of all samples, (count,) int64."""
-    if path.suffix == ".npy":
-        labels = map_any_array(path)
-    else:
-        words = read_text(path, max_bytes=2**30).split()
-        wrong = next((word for word in words if not (word.isascii() and word.isdigit() and len(word) < 7)), None)
-        if wrong is not None:
-            raise ValueError(
-                f"labels {path} must be integers in [0, {_MOST_CLASSES}), one per line, got {wrong[:20]!r}"
-            )
-        labels = np.array(words, np.int64)
-    if labels.dtype.kind not in "iu" or labels.shape != (count,):
+    try:
+        labels = map_any_array(path) if path.suffix == ".npy" else np.loadtxt(path, np.int64, ndmin=1)
+    except ValueError as error:
+        raise ValueError(f"labels {path} must be integers, one per line: {error}") from error
+    is_fit = labels.dtype.kind in "iu" and labels.shape == (count,)
+    if not is_fit or labels.min() < 0 or labels.max() >= _MOST_CLASSES:
         raise ValueError(
-            f"labels {path} must be ({count},) integers, one for each sample, got {labels.shape} of {labels.dtype}"
+            f"labels {path} must be {count} integers in [0, {_MOST_CLASSES}), one for each sample, got {labels.shape} "
+            f"of {labels.dtype}{f' from {labels.min()} to {labels.max()}' if is_fit else ''}"
         )
-    if labels.min() < 0 or labels.max() >= _MOST_CLASSES:
-        raise ValueError(f"labels {path} must be in [0, {_MOST_CLASSES}), got {labels.min()} to {labels.max()}")
     return labels.astype(np.int64)

@@ -94,8 +94,9 @@ class MaskGIT:
         transformer.check_tokenizer(None if tokenizer is None else tokenizer.fingerprint)
         grid = transformer.network.config.grid
         if tokenizer is not None and tokenizer.grid != grid:
+            axes = " x ".join(map(str, grid))
             raise ValueError(
-                f"image_size of the tokenizer must give the transformer's grid of {grid[0]} x {grid[1]} tokens, got "
+                f"image_size of the tokenizer must give the transformer's grid of {axes} tokens, got "
                 f"{pixels_text(tokenizer.image_size)} pixels with a grid of {tokenizer.grid[0]} x {tokenizer.grid[1]}"
             )
         self._tokenizer, self.transformer = tokenizer, transformer

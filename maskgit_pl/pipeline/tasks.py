@@ -269,7 +269,7 @@ def _fill(pipe: Pipeline, request: Request, tokens: Tensor, unknown: Tensor) -> 
         waiting = unknown.to(device).repeat(len(rows), 1, 1)
         confidence = torch.ones(canvas.shape, device=device)
         seeds = torch.tensor(batch.seeds)
-        for number, window in enumerate(windows(unknown, size=config.grid)):
+        for number, window in enumerate(windows(unknown, size=pipe.tokenizer.grid)):
             hidden = window.unknown.to(device)
             context = canvas[window.index].masked_fill(hidden, config.mask_token_id).flatten(1)
             # 2. Each window has its own noise: with the same noise, windows would repeat one another.

@@ -205,8 +205,8 @@ def _find_inputs(
     with report.catch("data"):
         plan = replace(plan, shards=find_data(recipe, data))
         summary = read_data_summary(plan.shards)
-        if recipe.get("data.source") != "stream" and summary.images is not None:
-            for split in get_args(Split):
+        if recipe.get("data.source") != "stream":
+            for split in get_args(Split) if summary.tokens is None else ():
                 summary.manifest(split)
             counts = ", ".join(f"{count:,} {split}" for split, count in summary.samples.items())
             report.add("data", f"{plan.shards}: {counts}; {count_text(summary.num_classes, 'class')}")

@@ -258,6 +258,12 @@ class TokenModel(RunModule):
                 f"labels of the data must be in [0, {num_classes}), the classes of the model, got {int(wrong[0])}; "
                 "number the classes from 0, and build the model with num_classes of the data"
             )
+        size, tokens = self.config.network.codebook_size, batch.content
+        if tokens.ndim == 2 and len(wrong := tokens[(tokens < 0) | (tokens >= size)]):
+            raise ValueError(
+                f"tokens of the data must be in [0, {size}), the codes of the model, got {int(wrong[0])}; build the "
+                "model with codebook_size of the tokenizer"
+            )
 
     def _draws_of(self, batch: Batch, mask: Tensor) -> Draws:
         """Returns the draws that predict the tokens of ``mask`` (B, N) bool; in validation without class dropout."""

@@ -30,7 +30,8 @@ WRONG = {  # words of the message -> arrays of tokens and labels, and other opti
     r"must be in \[0, 640\), got 640": (TOKENS + 1, None, {}),
     r"must be in \[0, 640\), got -1": (TOKENS - 1, None, {}),
     "grid must fit": (TOKENS, None, {"grid": (3, 5)}),
-    r"must be \(40,\) integers, one for each sample, got \(39,\)": (TOKENS, np.zeros(39, int), {}),
+    r"must be 40 integers in .* got \(39,\)": (TOKENS, np.zeros(39, int), {}),
+    r"must be 40 integers in .* from -1 to -1": (TOKENS, np.full(40, -1), {}),
     "must be integers, got float64": (TOKENS / 1, None, {}),
     "cannot be read .*object": (np.array([{}], dtype=object), None, {}),
 }
