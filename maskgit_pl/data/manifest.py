@@ -104,9 +104,10 @@ class DataSummary:
 
     manifests: Mapping[Split, Manifest] = field(repr=False, compare=False)  # they name the folder
     classes: tuple[str, ...]  # label i is ``classes[i]``
-    samples: Mapping[str, int]  # number of samples of each split
-    images: ImageRange  # over all splits
+    samples: Mapping[Split, int]  # number of samples of each split
+    images: ImageRange | None  # over all splits; None for a token store
     fingerprint: str  # SHA-256, hex, of all manifests
+    tokens: tuple[tuple[int, ...], int] | None = None  # grid and codebook size of a token store; None for images
 
     @property
     def num_classes(self) -> int:
@@ -116,7 +117,7 @@ class DataSummary:
     @property
     def channels(self) -> int:
         """The number of channels to decode to: 1 if all images are grey, else 3."""
-        return 1 if self.images.channels == (1,) else 3
+        return 1 if self.images is not None and self.images.channels == (1,) else 3
 
     def manifest(self, split: Split) -> Manifest:
         """Returns the manifest of a split; for one that the folder does not have, see ``load_manifest``."""
