@@ -35,6 +35,8 @@ from maskgit_pl.errors import DataChangedError
 from maskgit_pl.files import open_regular, read_json, sync, write_atomically, write_text
 
 Split = Literal["train", "val"]
+DESCRIPTION_FILE = "store.json"
+"""The description of a token store, see ``token_store``."""
 _FORMAT = 1
 _MAX_MANIFEST_BYTES = 2**28  # enough for a million shards
 _MAX_OPEN = 64  # shards open at a time, far below the usual limit of 1,024 files per process
@@ -164,11 +166,18 @@ def describe_enlarging(images: ImageRange, image_size: ImageSize) -> str | None:
     )
 
 
+def is_store(folder: str | Path) -> bool:
+    """Returns whether a data folder is a finished token store, which stage 2 reads without images and tokenizer."""
+    return (Path(folder) / DESCRIPTION_FILE).is_file()
+
+
 def load_manifest(folder: str | Path, split: Split) -> Manifest:
     """Reads the manifest of a split without a look at its other files; see ``load_manifests``."""
     folder = Path(folder)
     path = folder / f"{split}.json"
     if not path.exists():
+        if is_store(folder):
+            raise ValueError(f"data {folder} must be a data folder with images, got a token store")
         raise FileNotFoundError(
             f"data folder {folder} has no manifest {path.name}; {_remake_hint(folder)} if it holds shards, or convert "
             f"images with `maskgit data make SOURCE --out {folder}`"

@@ -90,23 +90,20 @@ def write_own_tokens(
 
 
 def _map_tokens(path: Path, grid: tuple[int, ...], codebook_size: int) -> npt.NDArray[Any]:
-    """Maps an array of tokens and checks it, a bounded number of rows at a time; returns it as (S, N)."""
+    """Maps an array of tokens (S, N) into memory, and checks it."""
     array, num_tokens = map_any_array(path), math.prod(grid)
     if array.dtype.kind not in "iu":
         raise ValueError(f"tokens {path} must be integers, got {array.dtype}; convert them with astype")
     if array.shape[1:] not in {(num_tokens,), grid}:
         sides = " x ".join(map(str, grid))
         raise ValueError(f"grid must fit the tokens of {path}, (S, {num_tokens}) for {sides}, got {array.shape}")
-    array = array.reshape(-1, num_tokens)
-    for start in range(0, len(array), _PART_SIZE):
-        piece = array[start : start + _PART_SIZE]
-        if piece.min() < 0 or piece.max() >= codebook_size:
-            wrong = piece[(piece < 0) | (piece >= codebook_size)][0]
-            raise ValueError(
-                f"tokens {path} must be in [0, {codebook_size}), got {wrong}; "
-                "set --codebook-size to that of the tokenizer"
-            )
-    return array
+    least, largest = array.min(initial=0), array.max(initial=0)
+    if least < 0 or largest >= codebook_size:
+        raise ValueError(
+            f"tokens {path} must be in [0, {codebook_size}), got {least} to {largest}; set --codebook-size to that of "
+            "the tokenizer"
+        )
+    return array.reshape(-1, num_tokens)
 
 
 def _read_labels(path: Path, count: int) -> npt.NDArray[np.int64]:

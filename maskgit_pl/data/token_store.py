@@ -28,13 +28,12 @@ import numpy.typing as npt
 
 from maskgit_pl.checks import ImageSize, as_image_size, build_dataclass, check_integer, check_integers, check_number
 from maskgit_pl.data.arrays import check_unchanged, map_array
-from maskgit_pl.data.manifest import DataSummary, Split, read_manifest_summary
+from maskgit_pl.data.manifest import DESCRIPTION_FILE, DataSummary, Split, is_store, read_manifest_summary
 from maskgit_pl.files import read_json, sha256_of
 from maskgit_pl.text import shorten
 
 Tokens = npt.NDArray[np.unsignedinteger[Any]]  # of StoreDescription.dtype
 
-DESCRIPTION_FILE = "store.json"
 FORMAT = 3
 REMAKE_HINT = "regenerate it with `maskgit tokenize`, or with `maskgit data tokens` if another tokenizer made it"
 _MAX_DESCRIPTION_BYTES = 2**25  # most of it class names
@@ -98,11 +97,6 @@ def read_description(folder: str | Path) -> StoreDescription:
     if content.pop("format", None) != FORMAT:
         raise ValueError(f"token store {path} must have format {FORMAT}; {REMAKE_HINT}")
     return build_dataclass(StoreDescription, content, str(path))
-
-
-def is_store(folder: str | Path) -> bool:
-    """Returns whether a data folder is a finished token store, which a run reads without images and tokenizer."""
-    return (Path(folder) / DESCRIPTION_FILE).is_file()
 
 
 def read_data_summary(folder: str | Path) -> DataSummary:

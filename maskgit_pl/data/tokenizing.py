@@ -28,10 +28,9 @@ from maskgit_pl.checks import ImageSize
 from maskgit_pl.data.augmentations import CENTER, build_augmentations
 from maskgit_pl.data.batches import Batch
 from maskgit_pl.data.loader import ImageBatches, make_loader
-from maskgit_pl.data.manifest import ShardReader, Split, load_manifests, read_manifest_summary
+from maskgit_pl.data.manifest import DESCRIPTION_FILE, ShardReader, Split, load_manifests, read_manifest_summary
 from maskgit_pl.data.order import InOrder
 from maskgit_pl.data.token_store import (
-    DESCRIPTION_FILE,
     FORMAT,
     StoreDescription,
     TokenizingConfig,

@@ -517,22 +517,18 @@ class MaskGIT:
 
     def __repr__(self) -> str:
         """Returns classes, image size, tokens, steps, parameters, device and type of the weights in one line."""
-        transformer, weights = self.transformer.network.config, list(self.transformer.network.parameters())
-        if self._tokenizer is None:
-            grid = " x ".join(map(str, transformer.grid))
-            return (
-                f"MaskGIT({len(self.class_names)} classes, {grid} tokens of {transformer.codebook_size} codes, "
-                f"{self.decoding.num_steps} steps, {sum(weight.numel() for weight in weights):,} parameters)"
-            )
-        tokenizer = self.tokenizer.network.config
-        networks = [list(self.tokenizer.network.parameters()), weights]
-        counts = " + ".join(f"{sum(weight.numel() for weight in network):,}" for network in networks)
-        size, (rows, columns) = self.tokenizer.image_size, transformer.grid
-        colours = CHANNELS[tokenizer.in_channels]
+        images, transformer = "", self.transformer.network.config
+        networks: list[torch.nn.Module] = [self.transformer.network]
+        if self._tokenizer is not None:
+            colours, size = CHANNELS[self._tokenizer.channels], pixels_text(self._tokenizer.image_size)
+            images = f"{colours} images of {size} pixels, "
+            networks.insert(0, self._tokenizer.network)
+        counts = " + ".join(f"{sum(weight.numel() for weight in network.parameters()):,}" for network in networks)
+        dtype = str(next(networks[-1].parameters()).dtype).removeprefix("torch.")
         return (
-            f"MaskGIT({len(self.class_names)} classes, {colours} images of {pixels_text(size)} pixels, {rows} x "
-            f"{columns} tokens of {tokenizer.codebook_size} codes, {self.decoding.num_steps} steps, "
-            f"{counts} parameters, {str(networks[1][0].dtype).removeprefix('torch.')} on {self.device})"
+            f"MaskGIT({len(self.class_names)} classes, {images}{' x '.join(map(str, transformer.grid))} tokens of "
+            f"{transformer.codebook_size} codes, {self.decoding.num_steps} steps, {counts} parameters, {dtype} on "
+            f"{self.device})"
         )
 
     def _request(

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from maskgit_pl.checks import ImageSize, as_image_size, check_integer
-from maskgit_pl.data.manifest import DataSummary
+from maskgit_pl.data.manifest import DataSummary, is_store
 from maskgit_pl.data.sources.public import how_to_get
-from maskgit_pl.data.token_store import is_store, read_data_summary
+from maskgit_pl.data.token_store import read_data_summary
 from maskgit_pl.files import read_yaml
 from maskgit_pl.runs.recipe import Recipe, Stage, merge, value_at
 from maskgit_pl.text import parse_size

@@ -27,8 +27,8 @@ def test_arrays_of_a_folder_become_one_store_in_the_order_of_their_names(tmp_pat
 
 
 WRONG = {  # words of the message -> arrays of tokens and labels, and other options
-    r"must be in \[0, 640\), got 640": (TOKENS + 1, None, {}),
-    r"must be in \[0, 640\), got -1": (TOKENS - 1, None, {}),
+    r"must be in \[0, 640\), got 0 to 640": (TOKENS + 1, None, {}),
+    r"must be in \[0, 640\), got -1 to 638": (TOKENS - 1, None, {}),
     "grid must fit": (TOKENS, None, {"grid": (3, 5)}),
     r"must be 40 integers in .* got \(39,\)": (TOKENS, np.zeros(39, int), {}),
     r"must be 40 integers in .* from -1 to -1": (TOKENS, np.full(40, -1), {}),
