@@ -65,7 +65,8 @@ _GENERATION = (  # paper, Table 1
 )
 OTHER_STEPS = "FID by number of steps"  # purpose of rows whose T is not that of their model
 SETTINGS = ("backbone", "settings")  # columns of the cost of a model that its other rows get
-_NO_COLUMN = ("diversity", "seconds_per_image")  # metrics that the table does not show, or elsewhere
+# Metrics that the table does not show, or elsewhere.
+_NO_COLUMN = ("diversity", "seconds_per_image", "two_sample_auc", "brightness_spread", "contrast_spread", "weave")
 _NAMED_AFTER_NETWORK = ("fid", "sfid", "kid", "is")
 
 
@@ -146,7 +147,7 @@ def table_1(
             for model, mark in zip(models, marks, strict=True)
             for row in evaluator.measure_samples(model, model.pipe.decoding, num_images=count, seed=seed).values()
         ]
-        rows += evaluator.measure_real(num_images=count).values()
+        rows += evaluator.measure_real(num_images=count, model=models[0]).values()  # tokens are those of the first
         first, *_ = evaluator.networks
         measure = partial(evaluator.measure_samples, num_images=count, seed=seed, networks=[first], metrics="fast")
         other_steps = [

@@ -60,7 +60,8 @@ _TASKS: dict[Task, str] = {
     "outpaint-right": "Outpainting, the right 50 %",
     "inpaint-centre": "Inpainting, the centre 50 % x 50 %",
 }
-_NO_COLUMN = ("diversity", "seconds_per_image")  # metrics that the table does not show
+# Metrics that the table does not show.
+_NO_COLUMN = ("diversity", "seconds_per_image", "brightness_spread", "contrast_spread", "weave")
 _SHOWN_EDITS = 12
 
 

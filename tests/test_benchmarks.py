@@ -193,6 +193,17 @@ def test_every_metric_agrees_with_torch_fidelity(script, tiny_shards: Path, monk
     assert compared["FID"][1] > 0
 
 
+@uses("judges")
+def test_the_faults_of_the_ladder_of_judges_are_what_they_are_named_after(script):
+    tokens, labels = torch.arange(5)[:, None].expand(5, 8), torch.tensor([0, 1, 0, 1, 1])
+    joined = script.join_halves(tokens, labels, (2, 4)).reshape(5, 2, 4)
+    assert joined[0].tolist() == [[0, 0, 2, 2]] * 2
+    assert joined[1].tolist() == [[1, 1, 4, 4]] * 2
+    rung = script.Rung("half copied", torch.cat([tokens[:1], tokens[:1] + 9]), labels[[0, 0]])
+    assert script.nearest_share(rung, tokens, labels) == 0.5
+    assert script.nearest_share(rung, tokens[1:], labels[1:]) == 0  # the grid is of another image now
+
+
 # Whole commands
 
 

@@ -17,10 +17,11 @@ from maskgit_pl.evaluation.pages import Page, format_seeds, heading, markdown_ta
 from maskgit_pl.text import markdown
 
 # Metrics of tables, in their order, before others; those of a network come once per network.
-_ORDER = ("rfid", "psnr_db", "ssim", "codebook_usage", "perplexity", "fid", "class_agreement", "diversity", "precision",
-          "recall", "bits_per_token")  # fmt: skip
+_ORDER = ("rfid", "psnr_db", "ssim", "codebook_usage", "perplexity", "fid", "class_agreement", "diversity",
+          "two_sample", "pixel_fid", "precision", "recall", "bits_per_token")  # fmt: skip
 # The CSV has them. Times of a machine with other work do not compare variants.
-_NOT_SHOWN = ("sfid", "kid", "is", "seconds_per_image")
+_NOT_SHOWN = ("sfid", "kid", "is", "seconds_per_image", "two_sample_auc", "brightness_spread", "contrast_spread",
+              "weave")  # fmt: skip
 _OF_FIRST = ("precision", "recall")  # shown only for the first network
 _COLUMNS = ("variant", "seed", "run", "parameters", "max_steps", "global_batch", "training_seconds", "failure",
             "exit_code")  # fmt: skip

@@ -81,6 +81,7 @@ class LabelledImages:
     labels: Tensor  # (n,) int64: requested classes
     # Further columns of their rows in the ledger.
     remarks: Mapping[str, str | float | None] = field(default_factory=dict)
+    tokens: Tensor | None = None  # (k, N) int64: tokens of the first k images; None if unknown
 
 
 def fit_classifier(
@@ -113,7 +114,7 @@ def fit_classifier(
     optimizer = AdamW(network.parameters(), lr=config.peak_rate, weight_decay=config.weight_decay, fused=True)
     cycle = max(config.max_steps, _MIN_CYCLE_STEPS)
     schedule = OneCycleLR(optimizer, max_lr=config.peak_rate, total_steps=cycle, pct_start=_WARM_UP)
-    with _set_threads(config.model):
+    with use_threads(_num_threads(config.model)):
         for batch in _training_batches(data, source, config):
             with torch.autocast(target.type, torch.bfloat16, enabled=config.precision == "bf16-mixed"):
                 loss = F.cross_entropy(network(batch.content.to(target)).logits, batch.labels.to(target))
@@ -174,17 +175,19 @@ class _Selected:
 
 
 @contextmanager
-def _set_threads(model: str) -> Iterator[None]:
-    """Sets the number of CPU threads, which sums depend on in their last bits.
-
-    The layers of the small network are too small to gain from more than one thread.
-    """
+def use_threads(count: int) -> Iterator[None]:
+    """Sets the number of CPU threads, which sums depend on in their last bits, until the block ends."""
     before = torch.get_num_threads()
-    torch.set_num_threads(1 if model == SMALL else available_cores())
+    torch.set_num_threads(count)
     try:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def _num_threads(model: str) -> int:
+    """Returns 1 for the small network, whose layers do not gain from more, else all cores."""
+    return 1 if model == SMALL else available_cores()
 
 
 @dataclass(frozen=True)
@@ -203,7 +206,7 @@ def measure_accuracy(
     """Measures the accuracy of a classifier, on its device, on the real val split."""
     device = next(classifier.parameters()).device
     right, count = torch.zeros(2, dtype=torch.int64), 0  # top-1, top-5
-    with _set_threads(classifier.network.sizes.model):
+    with use_threads(_num_threads(classifier.network.sizes.model)):
         for batch in data.val_dataloader():
             images, labels = batch.content[batch.valid], batch.labels[batch.valid]
             if len(labels):

@@ -1,8 +1,8 @@
-"""The built-in metrics of generated images in the features of one network.
+"""The built-in metrics of generated images, in the features of one network or of their tokens.
 
 torchmetrics computes the Frechet distance, the kernel distance and the inception score; torch-fidelity computes
-precision and recall; this file computes class agreement and diversity. Everything runs in float64 on the CPU, with the
-same random subsets in every call and without communication between ranks.
+precision and recall; this file computes class agreement and diversity. Everything runs on the CPU, with the same random
+numbers in every call and without communication between ranks; distances of features are computed in float64.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torchmetrics.image.kid import poly_mmd
 
 from maskgit_pl.evaluation.metrics import ComparedImages, FeatureMetric, metrics
 from maskgit_pl.evaluation.reference import Statistics
+from maskgit_pl.evaluation.two_sample import two_sample
 
 # Defaults of the authors' code: 50 subsets of 1000 images for KID, 10 splits for IS, k = 3 neighbours for
 # precision and recall.
@@ -131,6 +132,37 @@ class Diversity(FeatureMetric):
     def compute(self, images: ComparedImages) -> float | None:
         assert images.real_labels is not None
         return diversity(images.features, images.labels, images.real_features, images.real_labels)
+
+
+@metrics.register("two_sample")
+class TwoSample(FeatureMetric):
+    """The accuracy with which a new network tells sampled token grids from real ones; 50 % if it cannot.
+
+    The real grids are those of val images, which the model has not seen: copies of training images pass. None below
+    200 images of each kind with the same classes, and if the network does not find a planted fault either.
+    """
+
+    title = "told from real %"
+    factor = 100
+    digits = 1
+    of_network = False
+    needs = ("labels", "tokens")
+    is_fast = False
+    column = 0  # of the result
+
+    def compute(self, images: ComparedImages) -> tuple[float, float] | None:
+        measured = images.once(two_sample, images.tokens, images.labels)
+        return measured and measured[self.column]
+
+
+@metrics.register("two_sample_auc")
+class TwoSampleAUC(TwoSample):
+    """The area under the ROC curve of the network of ``two_sample``; 0.5 if it cannot tell the grids apart."""
+
+    title = "told from real, AUC"
+    factor = 1
+    digits = 3
+    column = 1
 
 
 def frechet_distance(generated: Statistics, real: Statistics) -> float:

@@ -12,11 +12,12 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -29,22 +30,30 @@ from maskgit_pl.evaluation.classifier import LabelledImages, classification_accu
 from maskgit_pl.evaluation.distances import class_agreement
 from maskgit_pl.evaluation.extractors import Extractor, extract, iter_image_batches
 from maskgit_pl.evaluation.ledger import REAL, Ledger, Row, digest_of, shorten_digest
-from maskgit_pl.evaluation.likelihood import encode_real_images, exact_nll, masked_nll, negative_elbo
+from maskgit_pl.evaluation.likelihood import (
+    encode_real_grids,
+    encode_real_images,
+    exact_nll,
+    masked_nll,
+    negative_elbo,
+)
 from maskgit_pl.evaluation.metrics import (
     DEVIATION,
+    MOST_GRIDS,
     ComparedImages,
     FeatureMetric,
     Metrics,
+    TokenGrids,
     compute_metrics,
     computed_metrics,
     known_metrics,
 )
 from maskgit_pl.evaluation.options import CLASSIFIER, CASConfig, decoding_key
-from maskgit_pl.evaluation.reference import Reference, draw_images, open_samples, split_digest
+from maskgit_pl.evaluation.reference import ArrayFile, Reference, draw_images, open_samples, split_digest
 from maskgit_pl.masking import MaskSampler
 from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.pipeline.bulk import BulkOptions, generate_many
-from maskgit_pl.pretrained.networks import fingerprint
+from maskgit_pl.pretrained.networks import PretrainedTokenizer, fingerprint
 from maskgit_pl.processes import Bars, no_bars
 
 _OWN_COLUMNS = ("model", "max_steps", "seed")  # fields of ``CASConfig`` that have a column of their own
@@ -110,7 +119,7 @@ class EvaluatedModel:
     def samples_file(self, decoding: DecodingConfig, *, num_images: int, seed: int) -> Path:
         """Returns the file of generated images, whose name is a hash of everything that determines them."""
         digests = {name: self.identity[name] for name in ("tokenizer", "transformer", "config")}
-        key = [digests, self.decoding_key(decoding), num_images, seed]
+        key = [digests, self.decoding_key(decoding), num_images, seed, "tokens"]  # which older files lack
         return self.folder / f"samples-{shorten_digest(digest_of(key))}.npz"
 
 
@@ -143,9 +152,14 @@ class FeatureMetrics:
             return None
         return class_agreement(features.logits.argmax(1), self.labels)
 
-    def choose(self, amount: Metrics = "all") -> dict[str, FeatureMetric]:
-        """Returns the metrics that can be computed, by name; ``"fast"`` leaves out the slow ones."""
+    def choose(self, amount: Metrics = "all", *, also: Sequence[str] = ()) -> dict[str, FeatureMetric]:
+        """Returns the metrics that can be computed, by name; ``"fast"`` leaves out the slow ones.
+
+        ``also`` are inputs beside features, such as ``tokens``, if this network is the one that computes their metrics.
+        """
         available = {
+            "tokens": "tokens" in also,
+            "pixels": "pixels" in also,
             "features": True,
             "labels": True,
             "logits": self.extractor.knows_classes,
@@ -157,9 +171,38 @@ class FeatureMetrics:
             name: metric
             for name, metric in computed_metrics().items()
             if all(available[need] for need in metric.needs)
-            and (metric.of_network or self.extractor.label == CLASSIFIER)
+            and (metric.of_network or self.extractor.label == CLASSIFIER or {*metric.needs} & {*also})
             and (metric.is_fast or amount == "all")
         }
+
+
+def compare_images(
+    read: Callable[[range], Tensor],
+    labels: Tensor,
+    network: FeatureMetrics,
+    *,
+    pixels: FeatureMetrics | None = None,
+    tokens: TokenGrids | None = None,
+    on_images: Callable[[int], object] = lambda count: None,
+) -> ComparedImages:
+    """Extracts the features of images in one pass, for their metrics; the ranks share the work.
+
+    Args:
+        read: Function that returns the (b, C, H, W) uint8 images of a range of rows.
+        labels: (n,) int64: requested classes.
+        network: The feature network.
+        pixels: The pixel network; None if no metric needs it.
+        tokens: The tokens of the images; None if no metric needs them.
+        on_images: Called after each batch with its number of images.
+    """
+    judges = [network] if pixels is None else [network, pixels]
+    batches = iter_image_batches(read, len(labels))
+    features = extract([judge.extractor for judge in judges], batches, on_images=on_images).values()
+    compared, *in_pixels = (
+        ComparedImages(of_images, judge.reference, labels, judge.labels)
+        for of_images, judge in zip(features, judges, strict=True)
+    )
+    return replace(compared, tokens=tokens, pixels=in_pixels[0] if in_pixels else None)
 
 
 @dataclass(eq=False)
@@ -176,6 +219,7 @@ class Evaluator:
         bars: Progress bars.
         batch_size: Images per batch of generation; it does not change results.
         device: Device of the networks and of the training of the CAS classifier.
+        pixels: The pixel network with the val split; None leaves out the metrics of pixels.
     """
 
     data: ShardData
@@ -185,6 +229,7 @@ class Evaluator:
     bars: Bars = no_bars
     batch_size: int = 100
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    pixels: FeatureMetrics | None = None
     # That of the running code; the user may commit other code before the measurement ends.
     _commit: str | None = field(default_factory=lambda: describe_environment()["commit"], init=False)
 
@@ -222,7 +267,7 @@ class Evaluator:
 
         columns = self._columns(model, num_images, seed, decoding)
         columns |= {} if purpose is None else {"purpose": purpose}
-        rows = self._measure("samples", columns, generate, networks, metrics)
+        rows = self._measure("samples", columns, generate, networks, metrics, model.pipe.tokenizer)
         if is_new and not keep:
             delete_generated(model.samples_file(decoding, num_images=num_images, seed=seed))
         return rows
@@ -247,30 +292,46 @@ class Evaluator:
             rank=rank,
             world_size=world_size,
             decoding=decoding,
+            keep_tokens=True,
         )
         start = time.perf_counter()
         result = generate_many(model.pipe, file, options, on_images=self.bars(title, num_images))
         seconds = time.perf_counter() - start
         barrier()  # the last rank to finish has assembled the file from the parts
-        samples = open_samples(file, channels=model.pipe.tokenizer.channels)
+        arrays = ArrayFile(file, thing="samples")
+        samples = open_samples(arrays, channels=model.pipe.tokenizer.channels)
         assert samples.labels is not None  # generate_many writes them
+        tokens = torch.from_numpy(arrays.read("tokens", (num_images, None), np.integer).astype(np.int64))
         remarks = {"seconds_per_image": seconds / result.made if result.made else None}
-        return LabelledImages(samples.read, samples.labels, remarks)
+        return LabelledImages(samples.read, samples.labels, remarks, tokens)
 
     def measure_real(
-        self, *, num_images: int, networks: Sequence[str] | None = None, metrics: Metrics = "all"
+        self,
+        *,
+        num_images: int,
+        model: EvaluatedModel | None = None,
+        networks: Sequence[str] | None = None,
+        metrics: Metrics = "all",
     ) -> dict[str, Row]:
         """Measures random images of the train split instead of generated ones; see ``measure_samples``.
 
         Their distances are a floor: the value that perfect samples of this number would have. If the split
         has fewer than ``num_images``, all are measured. The class agreement is the accuracy of the classifier on
-        the val images, which it has not been trained on.
+        the val images, which it has not been trained on. The metrics of tokens need a model, whose tokenizer makes
+        them.
         """
         count = min(num_images, self.data.summary.samples["train"])
         columns = self._columns(None, count, 0, None)
-        return self._measure(
-            "samples", columns, lambda: _in_memory(*self.read_real_images("train", count)), networks, metrics
-        )
+        tokenizer = None if model is None else model.pipe.tokenizer
+        if tokenizer is not None:
+            columns["tokenizer"] = shorten_digest(tokenizer.fingerprint)
+
+        def read() -> LabelledImages:
+            images, labels = self.read_real_images("train", count)
+            tokens = None if tokenizer is None else tokenizer.encode(images[:MOST_GRIDS], batch_size=self.batch_size)
+            return replace(_in_memory(images, labels), tokens=tokens)
+
+        return self._measure("samples", columns, read, networks, metrics, tokenizer)
 
     # Usually one entry per split: the networks of a measurement use the same images one after another.
     @lru_cache(maxsize=2)  # noqa: B019  # the cache keeps the evaluator alive, which a command needs to its end
@@ -296,7 +357,7 @@ class Evaluator:
 
     def _measure_nll(self, model: EvaluatedModel, count: int, draws: int, seed: int) -> dict[str, float]:
         transformer = model.pipe.transformer
-        tokens, labels = encode_real_images(model.pipe, self.data, limit=count, batch_size=self.batch_size)
+        tokens, labels = encode_real_images(model.pipe.tokenizer, self.data, limit=count, batch_size=self.batch_size)
         bar = self.bars(f"{model.run}: likelihood", (1 if transformer.mask_schedule is None else 2) * count)
         options: dict[str, Any] = {"batch_size": self.batch_size, "on_images": bar}
         bits = 1 / (math.log(2) * tokens.shape[1])  # per token, of the nats of an image
@@ -381,23 +442,38 @@ class Evaluator:
         make: Callable[[], LabelledImages],
         networks: Sequence[str] | None = None,
         amount: Metrics = "all",
+        tokenizer: PretrainedTokenizer | None = None,
     ) -> dict[str, Row]:
-        """Returns the row of each network, and measures the missing ones on the same images, which ``make`` makes."""
+        """Returns the row of each network, and measures the missing ones on the same images, which ``make`` makes.
+
+        ``tokenizer`` is that of the tokens of the images; None if they have none.
+        """
         images: LabelledImages | None = None
         rows: dict[str, Row] = {}
+        first = CLASSIFIER if CLASSIFIER in self.networks else next(iter(self.networks))
         for label in self.networks if networks is None else networks:
             network = self.networks[label]
             row_columns = {**columns, **network.columns}
             if kind == "samples":  # the split is that of the reference; a file has none
                 row_columns["split"] = network.reference.split
-            chosen = network.choose(amount)
+            inputs = {"tokens": tokenizer, "pixels": self.pixels} if label == first else {}
+            chosen = network.choose(amount, also=[name for name, owner in inputs.items() if owner is not None])
             row = self._find(kind, row_columns, chosen)
             if row is None:
                 images = images or make()
-                batches = iter_image_batches(images.read, len(images.labels))
-                bar = self.bars(f"features of {label}", len(images.labels))
-                (features,) = extract([network.extractor], batches, on_images=bar).values()
-                compared = ComparedImages(features, network.reference, images.labels, network.labels)
+                needs = {need for metric in chosen.values() for need in metric.needs}
+                tokens = None
+                if tokenizer is not None and "tokens" in needs:
+                    assert images.tokens is not None
+                    tokens = self._real_grids(tokenizer).with_sampled(images.tokens)
+                compared = compare_images(
+                    images.read,
+                    images.labels,
+                    network,
+                    pixels=self.pixels if "pixels" in needs else None,
+                    tokens=tokens,
+                    on_images=self.bars(f"features of {label}", len(images.labels)),
+                )
                 numbers = compute_metrics(chosen, compared)
                 if columns["model"] == REAL and "class_agreement" in numbers:
                     # A classifier may know its training images by heart.
@@ -405,6 +481,10 @@ class Evaluator:
                 row = self._add(kind, {**columns, **images.remarks, **row_columns, **numbers})
             rows[label] = row
         return rows
+
+    @lru_cache(maxsize=1)  # noqa: B019  # see ``read_real_images``
+    def _real_grids(self, tokenizer: PretrainedTokenizer) -> TokenGrids:
+        return encode_real_grids(tokenizer, self.data, batch_size=self.batch_size)
 
     def _once(self, kind: str, columns: Mapping[str, Any], measure: Callable[[], dict[str, Any]]) -> Row:
         return self._find(kind, columns) or self._add(kind, {**columns, **measure()})

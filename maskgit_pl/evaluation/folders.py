@@ -21,6 +21,7 @@ from maskgit_pl.evaluation.evaluator import EvaluatedModel, Evaluator, FeatureMe
 from maskgit_pl.evaluation.extractors import open_extractors
 from maskgit_pl.evaluation.ledger import FILE_NAME, Ledger
 from maskgit_pl.evaluation.options import CLASSIFIER, ReportOptions, Spec, round_to_classes
+from maskgit_pl.evaluation.pixels import pixel_extractor
 from maskgit_pl.evaluation.reference import ArrayFile, obtain_references, read_real_labels, read_references
 from maskgit_pl.files import read_json, read_yaml
 from maskgit_pl.pipeline import MaskGIT
@@ -261,11 +262,14 @@ def open_evaluator(
         ArrayFile(reference, thing="reference")  # a wrong file is refused before networks are read
     extractors = open_extractors(folders.classifier, data, features, device=device)
     on_images = bars(f"real images: {', '.join(each.label for each in extractors)}", data.summary.samples["val"])
+    of_pixels, of_val = pixel_extractor(), extractors if reference is None else []
+    references = obtain_references(folders.references, data, [*of_val, of_pixels], on_images=on_images)
+    labels = read_real_labels(data)
+    pixels = FeatureMetrics(of_pixels, references[of_pixels.label], labels)
     if reference is not None:  # the classes of its images are unknown
         references = read_references(reference, extractors, folder=folders.references, on_images=on_images)
-        labels = None
-    else:
-        references = obtain_references(folders.references, data, extractors, on_images=on_images)
-        labels = read_real_labels(data)
-    networks = {each.label: FeatureMetrics(each, references[each.label], labels) for each in extractors}
-    return Evaluator(data, data_name(folders.data), networks, ledger, bars, batch_size, torch.device(device))
+    networks = {
+        each.label: FeatureMetrics(each, references[each.label], labels if reference is None else None)
+        for each in extractors
+    }
+    return Evaluator(data, data_name(folders.data), networks, ledger, bars, batch_size, torch.device(device), pixels)

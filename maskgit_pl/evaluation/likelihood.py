@@ -15,11 +15,12 @@ from torch import Tensor
 
 from maskgit_pl.data import ShardData
 from maskgit_pl.evaluation.extractors import gather_rows, iter_row_batches
+from maskgit_pl.evaluation.metrics import MOST_GRIDS, TokenGrids
 from maskgit_pl.evaluation.reference import iter_real_batches
 from maskgit_pl.masking import MaskSampler, UniformPositions, true_positions
 from maskgit_pl.networks.backbone import Backbone
 from maskgit_pl.networks.vqgan import to_unit_range
-from maskgit_pl.pipeline import MaskGIT
+from maskgit_pl.pretrained.networks import PretrainedTokenizer
 from maskgit_pl.randomness import random_bits
 
 AutoregressiveNetwork: TypeAlias = Callable[[Tensor, Tensor], Tensor]
@@ -148,22 +149,31 @@ def exact_nll(
 
 @torch.inference_mode()
 def encode_real_images(
-    pipe: MaskGIT, data: ShardData, *, limit: int | None = None, batch_size: int = 100
+    tokenizer: PretrainedTokenizer, data: ShardData, *, limit: int | None = None, batch_size: int = 100
 ) -> tuple[Tensor, Tensor]:
-    """Encodes images of the val split with the model's tokenizer; the ranks share the work.
+    """Encodes images of the val split with a tokenizer; the ranks share the work.
 
     ``limit`` is a number of random images, the same in every call; None for all, in order.
 
     Returns:
-        (n, N) int64 tokens and (n,) int64 labels, on the model's device, the same on all ranks.
+        (n, N) int64 tokens and (n,) int64 labels, on the tokenizer's device, the same on all ranks.
     """
-    encode = pipe.tokenizer.network.encode
+    encode, device = tokenizer.network.encode, next(tokenizer.network.parameters()).device
     rows = gather_rows([
-        {"index": batch.position, "tokens": encode(to_unit_range(batch.content.to(pipe.device))).cpu(),
+        {"index": batch.position, "tokens": encode(to_unit_range(batch.content.to(device))).cpu(),
          "labels": batch.labels}
         for batch in iter_real_batches(data, "val", num_images=limit, batch_size=batch_size)
     ])  # fmt: skip
-    return rows["tokens"].to(pipe.device), rows["labels"].to(pipe.device)
+    return rows["tokens"].to(device), rows["labels"].to(device)
+
+
+def encode_real_grids(tokenizer: PretrainedTokenizer, data: ShardData, *, batch_size: int = 100) -> TokenGrids:
+    """Encodes images of the val split for metrics of tokens; its generated grids are the real ones at first."""
+    tokens, labels = encode_real_images(tokenizer, data, limit=MOST_GRIDS, batch_size=batch_size)
+    grids, quantizer = tokens.cpu().reshape(len(tokens), *tokenizer.grid), tokenizer.network.quantizer
+    with torch.no_grad():
+        codes = quantizer.lookup(torch.arange(quantizer.codebook_size, device=tokens.device)).float().cpu()
+    return TokenGrids(grids, grids, labels.cpu(), codes)
 
 
 def _masked_row_nll(

@@ -11,7 +11,7 @@ import logging
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias, TypeVar
 
@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from maskgit_pl.evaluation.extractors import ImageFeatures
     from maskgit_pl.evaluation.reference import Reference
 
-_INPUTS = ("features", "labels", "logits", "spatial", "real_features", "real_labels")
+_INPUTS = ("features", "labels", "logits", "spatial", "real_features", "real_labels", "tokens", "pixels")
+MOST_GRIDS = 2000  # of real images, which are encoded for the metrics of tokens
 Metrics: TypeAlias = Literal["all", "fast"]
 DEVIATION = "_deviation"  # suffix of the column of a standard deviation
 Value: TypeAlias = float | tuple[float, float] | None
@@ -57,10 +58,10 @@ class FeatureMetric(Metric, ABC):
 
     Attributes:
         of_network: False for a metric that only the classifier of the data computes, because it predicts the
-            classes that were requested.
+            classes that were requested, or that is computed once, because it reads ``tokens`` or ``pixels``.
         needs: Names of the attributes of ``ComparedImages`` that ``compute`` reads: ``features``, ``logits``,
-            ``spatial``, ``labels``, ``real_features`` and ``real_labels``. The metric is left out where one of them is
-            unknown, such as ``real_features`` for a reference file with statistics only.
+            ``spatial``, ``labels``, ``real_features``, ``real_labels``, ``tokens`` and ``pixels``. The metric is left
+            out where one of them is unknown, such as ``real_features`` for a reference file with statistics only.
         is_fast: False for a metric that takes much longer than the Frechet distance; a search leaves it out.
     """
 
@@ -93,7 +94,10 @@ def _check_metric(name: str, metric: Metric) -> None:
 
 
 metrics: Registry[Metric] = Registry(
-    "metric", "maskgit_pl.metrics", check=_check_metric, modules=("maskgit_pl.evaluation.distances",)
+    "metric",
+    "maskgit_pl.metrics",
+    check=_check_metric,
+    modules=("maskgit_pl.evaluation.distances", "maskgit_pl.evaluation.pixels"),
 )
 
 
@@ -122,6 +126,27 @@ _record("images_per_second", "images per second", digits=1, higher_is_better=Tru
 _record("bits_per_token", "bits per token", digits=3)
 
 
+@dataclass(frozen=True, eq=False)
+class TokenGrids:
+    """Token grids of generated and of real images: what stage 2 makes, without the decoder of the tokenizer.
+
+    Args:
+        sampled: (k, *grid) int64 in [0, K): grids of the first k generated images.
+        real: (m, *grid) int64: grids of random images of the val split, at most ``MOST_GRIDS``.
+        real_labels: (m,) int64: their classes.
+        codes: (K, D) float32: the code vectors of the tokenizer.
+    """
+
+    sampled: Tensor
+    real: Tensor
+    real_labels: Tensor
+    codes: Tensor
+
+    def with_sampled(self, tokens: Tensor) -> TokenGrids:
+        """Returns the same real grids, the same tensors, with others of generated images, (k, N) int64."""
+        return replace(self, sampled=tokens.cpu().reshape(len(tokens), *self.real.shape[1:]))
+
+
 @dataclass(frozen=True)
 class ComparedImages:
     """Generated and real images in the features of one network, on the CPU: the input of a metric.
@@ -131,12 +156,16 @@ class ComparedImages:
         reference: Features or statistics of m real images, from the same network.
         labels: (n,) int64: requested classes.
         real_labels: (m,) int64: classes of the real images; None if unknown.
+        tokens: Their tokens; None if they are unknown, or no metric needs them.
+        pixels: The same images in the features of ``PixelNetwork``; None if no metric needs them.
     """
 
     generated: ImageFeatures
     reference: Reference
     labels: Tensor
     real_labels: Tensor | None = None
+    tokens: TokenGrids | None = None
+    pixels: ComparedImages | None = None
     _results: dict[Callable[..., Any], Any] = field(default_factory=dict, init=False, repr=False)
 
     @cached_property
@@ -162,7 +191,7 @@ class ComparedImages:
         assert self.reference.features is not None
         return self.reference.features.pooled.double()
 
-    def once(self, compute: Callable[..., _Result], *arguments: Tensor) -> _Result:
+    def once(self, compute: Callable[..., _Result], *arguments: object) -> _Result:
         """Returns ``compute(*arguments)``, which is called once for all metrics that come from it."""
         if compute not in self._results:
             self._results[compute] = compute(*arguments)

@@ -145,7 +145,7 @@ def _measure(
         name: collect_numbers(evaluator.measure_samples(model, settings, keep=True, **images))
         for name, settings in decodings.items()
     }
-    floor = evaluator.measure_real(num_images=images["num_images"])
+    floor = evaluator.measure_real(num_images=images["num_images"], model=model)
     likelihood = evaluator.measure_likelihood(model, num_images=options.likelihood_images)
     judge = evaluator.networks.get(CLASSIFIER)
     accuracy = None if judge is None else judge.accuracy  # which class agreement is read relative to

@@ -257,7 +257,7 @@ def tune(run: Path | str, options: TuningOptions | None = None, *, bars: Bars = 
             )
         except StorageInternalError as error:
             raise _study_error(file, error) from error
-    (real,) = evaluator.measure_real(num_images=2 * count, metrics=amount).values()
+    (real,) = evaluator.measure_real(num_images=2 * count, model=model, metrics=amount).values()
     page = replace(make_page(result, real), folder=folder)
     # The page is written before the decoding, in case that the folder of the model is full by now.
     page.write()

@@ -14,6 +14,7 @@ import json
 import logging
 import shutil
 import zipfile
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -26,7 +27,7 @@ import numpy.typing as npt
 from typing_extensions import Buffer
 
 from maskgit_pl.checks import check_integer, height_width
-from maskgit_pl.decoding import DecodingConfig
+from maskgit_pl.decoding import DecodingConfig, DecodingStep
 from maskgit_pl.files import parse_json, remove_partials, write_atomically
 from maskgit_pl.networks.weights import tensors_digest
 from maskgit_pl.pipeline.card import flatten
@@ -54,6 +55,7 @@ class BulkOptions:
         rank: Index of this process in [0, world_size).
         world_size: Number of processes that share the work. They share a folder and need no network.
         decoding: Decoding settings; by default those of the model.
+        keep_tokens: True to write the tokens into a new file, too: ``tokens``, (n, N) int32.
     """
 
     num_images: int
@@ -64,6 +66,7 @@ class BulkOptions:
     rank: int = 0
     world_size: int = 1
     decoding: DecodingConfig | None = None
+    keep_tokens: bool = False
 
     def __post_init__(self) -> None:
         for name in ("num_images", "batch_size", "world_size"):
@@ -161,10 +164,11 @@ def generate_many(
     plan = make_plan(pipe, options)
     if is_finished(file, plan):
         return BulkResult(0)
-    folder, digest = file.with_name(f"{file.name}.parts"), hashlib.sha256(plan.text).hexdigest()[:16]
+    identity = plan.text + (b"tokens" if options.keep_tokens else b"")
+    folder, digest = file.with_name(f"{file.name}.parts"), hashlib.sha256(identity).hexdigest()[:16]
     parts = [folder / f"{digest}-{rank}-of-{options.world_size}" for rank in range(options.world_size)]
     if parts[options.rank].exists():
-        return BulkResult(0, _join(file, plan, parts))
+        return BulkResult(0, _join(file, plan, parts, options))
     rows = range(*(plan.count * rank // options.world_size for rank in (options.rank, options.rank + 1)))
     folder.mkdir(parents=True, exist_ok=True)
     remove_partials(folder, parts[options.rank].name)
@@ -173,15 +177,20 @@ def generate_many(
         raise ValueError(f"{file} needs {size_text(needed)} of disk space, {size_text(free)} are free; free some, or "
                          "name a file elsewhere")  # fmt: skip
     _log.info("%s: sampling %d images", file, len(rows))
-    images = _generate(pipe, plan, options, rows, on_images=on_images)
+    arrays = {}
+    if options.keep_tokens:  # they are filled in with the images, which are written first
+        arrays["tokens"] = np.empty((len(rows), pipe.transformer.network.config.num_tokens), np.int32)
+    images = _generate(pipe, plan, options, rows, arrays.get("tokens"), on_images=on_images)
     if options.world_size == 1:
         with write_atomically(file) as stream:
-            write_samples(stream, plan, images, plan.labels)
+            write_samples(stream, plan, images, plan.labels, **arrays)
         _remove_parts(file, folder)
         return BulkResult(len(rows))
     with write_atomically(parts[options.rank]) as stream:
         stream.writelines(images)
-    return BulkResult(len(rows), _join(file, plan, parts))
+        for tokens in arrays.values():  # complete before the part appears
+            np.save(_tokens_of(parts[options.rank]), tokens)
+    return BulkResult(len(rows), _join(file, plan, parts, options))
 
 
 def make_plan(pipe: MaskGIT, options: BulkOptions) -> BulkPlan:
@@ -258,11 +267,15 @@ def _generate(
     plan: BulkPlan,
     options: BulkOptions,
     rows: range,
+    tokens: npt.NDArray[np.int32] | None,
     *,
     on_images: Callable[[int], object],
 ) -> Iterator[bytes]:
-    """Yields the pixels of a range of images batch by batch; grey ones are repeated to three channels."""
-    labels = plan.labels.tolist()
+    """Yields the pixels of a range of images batch by batch; grey ones are repeated to three channels.
+
+    Writes their tokens into the rows of ``tokens``, unless it is None.
+    """
+    labels, steps = plan.labels.tolist(), deque[DecodingStep](maxlen=1)
     for first in range(rows.start, rows.stop, options.batch_size):
         batch = labels[first : min(first + options.batch_size, rows.stop)]
         images = pipe.generate(
@@ -273,12 +286,15 @@ def _generate(
             batch_size=options.batch_size,
             output_type="np",
             decoding=options.decoding,
+            callback=None if tokens is None else steps.append,
         )
+        if tokens is not None:
+            tokens[first - rows.start :][: len(batch)] = steps[-1].tokens.numpy(force=True)
         yield np.broadcast_to(images, (*images.shape[:3], 3)).tobytes()
         on_images(len(batch))
 
 
-def _join(file: Path, plan: BulkPlan, parts: list[Path]) -> int:
+def _join(file: Path, plan: BulkPlan, parts: list[Path], options: BulkOptions) -> int:
     """Joins the parts to the file and deletes them if all exist; returns the number of those that are missing.
 
     Two processes that join at the same time write the same bytes. The slower one finds the file complete.
@@ -286,14 +302,21 @@ def _join(file: Path, plan: BulkPlan, parts: list[Path]) -> int:
     missing = sum(not part.exists() for part in parts)
     if missing == 0:
         try:
+            arrays = {}
+            if options.keep_tokens:
+                arrays["tokens"] = np.concatenate([np.load(_tokens_of(part)) for part in parts])
             with write_atomically(file) as stream:
-                write_samples(stream, plan, _read(parts), plan.labels)
+                write_samples(stream, plan, _read(parts), plan.labels, **arrays)
         except FileNotFoundError:  # another process has joined and deleted the parts
             missing = 1
     if missing and not is_finished(file, plan):
         return missing
     _remove_parts(file, parts[0].parent)
     return 0
+
+
+def _tokens_of(part: Path) -> Path:
+    return part.with_name(f"{part.name}-tokens.npy")
 
 
 def _remove_parts(file: Path, folder: Path) -> None:

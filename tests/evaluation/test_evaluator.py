@@ -15,7 +15,9 @@ from maskgit_pl.evaluation.classifier import Accuracy
 from maskgit_pl.evaluation.evaluator import EvaluatedModel, Evaluator, FeatureMetrics, collect_numbers
 from maskgit_pl.evaluation.extractors import extract
 from maskgit_pl.evaluation.ledger import Ledger, Row
+from maskgit_pl.evaluation.metrics import ComparedImages
 from maskgit_pl.evaluation.options import CASConfig
+from maskgit_pl.evaluation.pixels import pixel_extractor
 from maskgit_pl.evaluation.reference import obtain_references, read_real_labels, read_references
 from maskgit_pl.pipeline import MaskGIT
 from tests.conftest import save_tiny_pretrained, save_uneven_shards
@@ -206,3 +208,33 @@ def test_fast_metrics_are_found_in_a_row_of_all_but_not_the_reverse(folder: Path
     assert fast.items() <= {**measured("all"), "seconds_per_image": fast["seconds_per_image"]}.items()
     assert "precision/classifier" in measured("fast")
     assert len(evaluator.ledger.rows("samples")) == 2
+
+
+def test_tokens_and_pixels_are_compared_once_beside_the_classifier(folder: Path, tmp_path: Path, monkeypatch) -> None:
+    evaluator, model = opened(folder, Ledger(tmp_path / "ledger.jsonl"))
+    judge, tokenizer = evaluator.networks["classifier"], model.pipe.tokenizer
+    extractors = [few("other"), pixel_extractor()]
+    references = obtain_references(folder / "kept", evaluator.data, extractors)
+    other, pixels = (FeatureMetrics(each, references[each.label], judge.labels) for each in extractors)
+    evaluator = replace(evaluator, networks={"other": other, "classifier": judge}, pixels=pixels)
+    seen: dict[str, ComparedImages] = {}
+
+    def remember(chosen: dict[str, Any], images: ComparedImages) -> dict[str, float]:
+        seen[images.generated.label] = images
+        return dict.fromkeys(chosen, 1.0)
+
+    monkeypatch.setattr(module, "compute_metrics", remember)
+    rows = evaluator.measure_samples(model, DECODING, num_images=12, seed=3)
+    judged = {"two_sample", "two_sample_auc", "pixel_fid", "weave"}
+    assert judged <= rows["classifier"].keys()
+    assert not judged & rows["other"].keys()
+    assert (seen["other"].tokens, seen["other"].pixels) == (None, None)
+    tokens, in_pixels = seen["classifier"].tokens, seen["classifier"].pixels
+    assert tokens is not None
+    assert in_pixels is not None
+    assert torch.equal(tokens.real.flatten(1), tokenizer.encode(evaluator.read_real_images("val", 24)[0]))
+    decoded = tokenizer.decode(tokens.sampled.flatten(1))
+    assert torch.allclose(in_pixels.features[:, 0], decoded.double().mean((1, 2, 3)) / 255, atol=1e-2)
+
+    assert judged <= evaluator.measure_real(num_images=12, model=model)["classifier"].keys()
+    assert "two_sample" not in evaluator.measure_real(num_images=12)["classifier"]  # of no tokenizer

@@ -102,10 +102,10 @@ def test_the_exact_likelihood_is_that_of_the_joint_distribution():
 def test_the_val_split_becomes_tokens_with_its_labels(tiny_pretrained: Path, tiny_shards: Path):
     pipe = MaskGIT.from_pretrained(tiny_pretrained)
     data = open_shards(tiny_shards)
-    tokens, labels = encode_real_images(pipe, data, batch_size=10)
+    tokens, labels = encode_real_images(pipe.tokenizer, data, batch_size=10)
     batch = data.batches("val", InOrder(24)).__getitems__(range(24))
     assert torch.equal(labels, batch.labels)
     assert torch.equal(tokens, pipe.tokenizer.network.encode(to_unit_range(batch.content)))
-    _, some = encode_real_images(pipe, data, limit=9)
+    _, some = encode_real_images(pipe.tokenizer, data, limit=9)
     assert len(some.unique()) > 1  # drawn from all of the split, not its beginning
-    assert torch.equal(some, encode_real_images(pipe, data, limit=9, batch_size=2)[1])
+    assert torch.equal(some, encode_real_images(pipe.tokenizer, data, limit=9, batch_size=2)[1])

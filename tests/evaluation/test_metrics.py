@@ -51,7 +51,9 @@ def test_every_metric_has_a_title_of_its_own_and_a_direction() -> None:
 
 def test_computed_metrics_have_the_order_of_tables_and_can_be_searched_for() -> None:
     of_networks = ["fid", "sfid", "kid", "is", "precision", "recall"]
-    assert list(computed_metrics()) == [*of_networks, "class_agreement", "diversity"]
+    of_tokens = ["two_sample", "two_sample_auc"]
+    of_pixels = ["pixel_fid", "brightness_spread", "contrast_spread", "weave"]
+    assert list(computed_metrics()) == [*of_networks, "class_agreement", "diversity", *of_tokens, *of_pixels]
     assert tuning_column("precision") == "precision/classifier"
     assert tuning_column("class_agreement") == "class_agreement"
     with pytest.raises(ValueError, match=r"metric must be one of fid, .*, diversity.*, got 'psnr_db'"):
@@ -64,8 +66,8 @@ def test_computed_metrics_have_the_order_of_tables_and_can_be_searched_for() -> 
         ({}, "must define compute"),
         ({"compute": len}, "must derive from FeatureMetric and have a title"),
         (
-            {"compute": len, "title": "mine", "needs": ("pixels",)},
-            "needs must be one of .*real_features.*, got 'pixels'",
+            {"compute": len, "title": "mine", "needs": ("depth",)},
+            "needs must be one of .*real_features.*, got 'depth'",
         ),
         ({"compute": len, "title": "mine", "digits": -5}, r"digits must be an integer in \[0, 20\], got -5"),
         ({"compute": len, "title": "mine", "factor": "1"}, "factor must be a number in .*, got '1'"),

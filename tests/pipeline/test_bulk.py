@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.pipeline.bulk import BulkOptions, BulkResult, generate_many
@@ -73,6 +74,19 @@ def test_settings_and_a_negative_class_reach_the_images(request, out: Path, kind
     many(pipe, out, num_images=9, negative_class="Trouser", decoding=pipe.decoding_with(**settings))
     images, labels = read_file(out)
     check_equal(images, pipe.generate(labels.tolist(), negative_class="Trouser", output_type="np", **settings))
+
+
+def test_tokens_are_those_of_the_images_with_any_number_of_ranks(pipe: MaskGIT, tmp_path: Path) -> None:
+    options = {"num_images": 7, "batch_size": 3, "keep_tokens": True}
+    many(pipe, tmp_path / "single.npz", **options)
+    for rank in range(3):
+        many(pipe, tmp_path / "shared.npz", rank=rank, world_size=3, **options)
+    single, shared = (np.load(tmp_path / name) for name in ("single.npz", "shared.npz"))
+    assert single["tokens"].dtype == np.int32
+    assert np.array_equal(single["tokens"], shared["tokens"])
+    assert np.array_equal(single["arr_0"], shared["arr_0"])
+    decoded = pipe.tokenizer.decode(torch.from_numpy(single["tokens"].astype(np.int64)))
+    check_equal(single["arr_0"][..., 0], decoded[:, 0].numpy())
 
 
 def test_any_ranks_in_any_order_write_the_same_file(pipe: MaskGIT, tmp_path: Path) -> None:

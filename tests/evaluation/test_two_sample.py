@@ -1,0 +1,68 @@
+"""The two-sample test: it finds faults of grids with any number of axes, and says so if it is blind."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from maskgit_pl.evaluation import two_sample as module
+from maskgit_pl.evaluation.metrics import TokenGrids
+from maskgit_pl.evaluation.two_sample import _tell_apart, replace_tokens, two_sample
+
+CODES = torch.linspace(-1, 1, 16)[:, None]  # (K, D): neighbours look alike
+
+
+def smooth(count: int, grid: tuple[int, ...], *, seed: int = 0) -> torch.Tensor:
+    """Grids whose tokens are near one another, and noise of one code."""
+    generator = torch.Generator().manual_seed(seed)
+    base = torch.randint(1, 15, (count, *[1] * len(grid)), generator=generator)
+    return base + torch.randint(-1, 2, (count, *grid), generator=generator)
+
+
+def grids_of(sampled: torch.Tensor, count: int = 240) -> TokenGrids:
+    real = smooth(count, tuple(sampled.shape[1:]))
+    return TokenGrids(sampled, real, torch.arange(count) % 3, CODES)
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_WIDTH", 16)
+    module._finds_replaced_tokens.cache_clear()
+
+
+@pytest.mark.parametrize("grid", [(16,), (4, 4), (2, 3, 3)], ids=str)
+def test_replaced_tokens_are_found_and_other_real_grids_are_not(grid: tuple[int, ...]) -> None:
+    real, labels = smooth(240, grid), torch.arange(240) % 3
+    assert _tell_apart(real, replace_tokens(real, 0.5), labels, CODES, seed=0)[1] > 0.8
+    assert abs(_tell_apart(real, smooth(240, grid, seed=1), labels, CODES, seed=0)[1] - 0.5) < 0.2
+
+
+def test_replaced_tokens_keep_the_frequencies_of_each_place() -> None:
+    grids = smooth(50, (4,))
+    changed = replace_tokens(grids, 1.0)
+    assert torch.equal(changed.sort(0).values, grids.sort(0).values)
+    assert not torch.equal(changed, grids)
+    assert torch.equal(replace_tokens(grids, 0.0), grids)
+
+
+def test_every_call_gives_the_same_values_and_leaves_the_generator_alone() -> None:
+    grids, labels = grids_of(smooth(240, (4, 4), seed=1)), torch.arange(240) % 3
+    state = torch.random.get_rng_state()
+    first = two_sample(grids, labels)
+    assert first is not None
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert two_sample(grids, labels) == first
+
+
+def test_classes_are_paired_so_that_their_frequencies_tell_nothing() -> None:
+    sampled, real = module._pair(torch.tensor([0, 0, 1, 2]), torch.tensor([1, 1, 0, 3]))
+    assert sorted(zip(sampled.tolist(), real.tolist(), strict=True)) == [(0, 2), (2, 0)]
+
+
+def test_few_grids_and_a_blind_network_give_no_value(caplog: pytest.LogCaptureFixture) -> None:
+    labels = torch.arange(240) % 3
+    assert two_sample(grids_of(smooth(240, (4, 4)), count=150), labels) is None
+    assert caplog.text == ""
+    blind = replace(grids_of(smooth(240, (4, 4))), codes=torch.ones(16, 1))  # all codes look alike
+    assert two_sample(blind, labels) is None
+    assert "two_sample is blind: 240 real grids" in caplog.text
