@@ -47,7 +47,7 @@ __all__ = [
     "true_positions",
 ]
 
-Grid = tuple[int, int]
+Grid = tuple[int, ...]
 
 _CHECKED_POINTS = 257  # with the quarters of [0, 1]
 
@@ -98,7 +98,7 @@ class MaskSampler:
             epoch: (B,) int64 in [0, 2**32): epoch of each sample.
             position: (B,) int64: position in the training stream, step * global_batch + slot.
             global_batch: G, samples per step over all ranks.
-            grid: Rows and columns of tokens, for rules that depend on the place.
+            grid: Sizes of the 1 to 3 axes of the token grid, for rules that depend on the place.
 
         Returns:
             (B, N) bool, True = masked; each row has 1 to N masked positions.
@@ -232,7 +232,7 @@ class MaskPositions(ABC):
 
         Args:
             num_tokens: N, tokens per image.
-            grid: Rows and columns of tokens; None if not given.
+            grid: Sizes of the axes of the token grid; None if not given.
             seed: Seed in [0, 2**32).
             index: (B,) int64 in [0, 2**32): sample index.
             epoch: (B,) int64 or an integer, in [0, 2**32).
@@ -295,7 +295,7 @@ class HaltonPositions(MaskPositions):
     """
 
     def order(self, num_tokens: int, *, grid: Grid | None, seed: int, index: Tensor, epoch: Tensor | int) -> Tensor:
-        assert grid is not None, "MaskSampler.mask(grid=(rows, columns))"
+        assert grid is not None, "MaskSampler.mask(grid=(h, w))"
         order = _halton_tensor(grid, index.device)  # (N,)
         shift = random_bits("mask/halton", seed=seed, index=index, epoch=epoch)[:, :1] % num_tokens  # (B, 1)
         # Decoding begins with the visible tokens, so the masked ones are the last of its order.

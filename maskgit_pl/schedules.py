@@ -189,21 +189,22 @@ def _find_broken_rule(ratio: Any, progress: Tensor, *, tolerance: float) -> str 
     return next((rule for holds, rule in rules if not holds), None)
 
 
-def halton_order(grid: tuple[int, int]) -> list[int]:
-    """Returns the positions of a grid (rows, columns) in the order of a Halton sequence of bases 2 and 3.
+def halton_order(grid: tuple[int, ...]) -> list[int]:
+    """Returns the positions of a grid of 1 to 3 axes in the order of a Halton sequence, of bases 2, 3 and 5.
 
     Consecutive positions are far apart. Used by ``masking`` and by ``decoding.selectors``.
 
-    Source: Besnier et al., arXiv:2503.17076.
+    Source: Besnier et al., arXiv:2503.17076, for two axes.
     """
-    rows, columns = grid
     order: dict[int, None] = {}  # a dictionary keeps the order of the first visits, and ignores later ones
     point = 0
-    while len(order) < rows * columns:
+    while len(order) < math.prod(grid):
         point += 1
-        # Bases without a common factor make the two coordinates independent of each other.
-        row, column = int(_radical_inverse(point, 2) * rows), int(_radical_inverse(point, 3) * columns)
-        order[row * columns + column] = None
+        position = 0
+        # Bases without a common factor make the coordinates independent of each other.
+        for size, base in zip(grid, (2, 3, 5), strict=False):
+            position = position * size + int(_radical_inverse(point, base) * size)
+        order[position] = None
     return list(order)
 
 

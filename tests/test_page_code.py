@@ -25,12 +25,22 @@ EXPORT = """
 from maskgit_pl.cli import main
 assert main(["export", "fashion-mnist-demo", "--format=onnx", "--out=exported"]) == 0
 """
-BEFORE = {"docs/export.md": EXPORT}  # what a page takes for granted
+CLIPS = """
+import gzip, os
+import numpy as np
+os.makedirs("data/raw/fashion-mnist")
+for split in ("train", "t10k"):
+    with gzip.open(f"data/raw/fashion-mnist/{split}-images-idx3-ubyte.gz", "wb") as file:
+        file.write(bytes(16 + 8 * 28 * 28))
+np.save("continued.npy", np.zeros((24, 4, 7, 7), np.uint8))
+"""
+BEFORE = {"docs/export.md": EXPORT, "docs/own-tokens.md": CLIPS}  # what a page takes for granted
 FILES = {  # what the blocks of a page write
     "README.md": ["shirt.png"],
     "docs/index.md": ["shirt.png"],
     "docs/export.md": ["generated.png"],
     "docs/generation.md": ["shirt.png", "folder/config.json"],
+    "docs/own-tokens.md": ["clips.npy", "directions.npy", "known.npy", "clips.gif"],
     "docs/python.md": ["first.png", "my-model/transformer/model.safetensors"],
 }
 

@@ -56,6 +56,14 @@ def test_tokens_of_another_grid_are_refused(tiny_pretrained):
         build("transformer", tiny_pretrained).eval().draw_on_host(batch)
 
 
+@pytest.mark.parametrize("token", [16, -1])
+def test_a_token_that_is_no_code_of_the_model_is_refused(tiny_pretrained, token):
+    batch = data().train.__getitems__(range(8))._replace(content=torch.zeros(8, 16, dtype=torch.int64))
+    batch.content[7, 15] = token  # 16 is the row of a class
+    with pytest.raises(ValueError, match=rf"tokens of the data must be in \[0, 16\), the codes .* got {token}"):
+        build("transformer", tiny_pretrained).eval().draw_on_host(batch)
+
+
 @pytest.mark.parametrize("kind", ["tokenizer", "transformer"])
 def test_batches_of_a_plain_loader_are_refused(tiny_pretrained, kind):
     pairs = TensorDataset(torch.zeros(8, 1, 8, 8, dtype=torch.uint8), torch.zeros(8, dtype=torch.int64))

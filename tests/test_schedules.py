@@ -53,7 +53,7 @@ def test_schedules_follow_the_formulas_of_the_paper(spec, at_quarter, at_half):
     torch.testing.assert_close(ratio, torch.tensor([at_quarter, at_half]), rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("grid", [(1, 1), (1, 9), (4, 4), (16, 16), (7, 5)])
+@pytest.mark.parametrize("grid", [(1, 1), (1, 9), (4, 4), (16, 16), (7, 5), (1,), (49,), (4, 7, 7)])
 def test_the_halton_order_visits_each_position_once(grid):
     assert sorted(halton_order(grid)) == list(range(math.prod(grid)))
 
@@ -61,3 +61,6 @@ def test_the_halton_order_visits_each_position_once(grid):
 def test_the_halton_order_begins_with_radical_inverses():
     # (1/2, 1/3), (1/4, 2/3), (3/4, 1/9), (1/8, 4/9) of an 8 x 9 grid
     assert halton_order((8, 9))[:4] == [4 * 9 + 3, 2 * 9 + 6, 6 * 9 + 1, 1 * 9 + 4]
+    assert halton_order((8,)) == [4, 2, 6, 1, 5, 3, 7, 0]
+    # with 1/5, 2/5, 3/5 along the third axis, of size 5
+    assert halton_order((8, 9, 5))[:3] == [(4 * 9 + 3) * 5 + 1, (2 * 9 + 6) * 5 + 2, (6 * 9 + 1) * 5 + 3]

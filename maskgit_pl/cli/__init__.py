@@ -31,6 +31,7 @@ _COMMANDS = {  # the function of each command, in the order of the help
     "models": "cli.listing:models",
     "data make": "cli.data:make",
     "data index": "cli.data:index",
+    "data tokens": "cli.data:tokens",
     "data verify": "cli.data:verify",
     "data fetch": "cli.data:fetch",
     "doctor": "cli.train:doctor",

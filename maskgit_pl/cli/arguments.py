@@ -69,11 +69,11 @@ class Output:
 
     Args:
         suffix: Suffix of the file; "" for a folder.
-        other: Another suffix that the file may have.
+        others: Other suffixes that the file may have.
     """
 
     suffix: str
-    other: str = ""
+    others: tuple[str, ...] = ()
 
     @property
     def metavar(self) -> str:
@@ -298,7 +298,7 @@ def _check_outputs(values: Iterable[tuple[_Argument, Any]]) -> None:
         if not isinstance(argument.form, Output):
             continue
         flag, suffix, real = argument.label, argument.form.suffix, os.path.realpath(path)
-        if suffix and path.suffix.lower() not in (suffix, argument.form.other or suffix):
+        if suffix and path.suffix.lower() not in (suffix, *argument.form.others):
             raise ValueError(f"{flag} must end in {suffix}, got {path}")
         if real in taken:
             raise ValueError(f"{flag} must not overwrite another file of the command, got {path}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -10,13 +11,19 @@ from maskgit_pl.cli.arguments import Word
 from maskgit_pl.cli.flags import Folder, ImageSize, check_one_of
 from maskgit_pl.data.sources.public import public_datasets
 from maskgit_pl.processes import named_bars
-from maskgit_pl.text import count_text
+from maskgit_pl.text import count_text, shorten
 
 
 def _read_class_names(flag: str, text: str) -> Sequence[str]:
     from maskgit_pl.data.samples import parse_class_names
 
     return parse_class_names(text)
+
+
+def _read_grid(flag: str, text: str) -> tuple[int, ...]:
+    if not re.fullmatch(r"[1-9][0-9]{0,6}(x[1-9][0-9]{0,6}){0,2}", text):
+        raise ValueError(f"{flag} must be one to three numbers such as 256, 16x16 or 4x7x7, got {shorten(text)}")
+    return tuple(map(int, text.split("x")))
 
 
 Pattern = Annotated[str, Word("PATTERN")]
@@ -112,6 +119,39 @@ def index(
             on_shard=lambda split, total: advance(split, 1, total),
         )
     print(describe_data(folder, "indexed", index_lines(folder, splits, how, manifests)))
+
+
+def tokens(
+    source: Annotated[Path, Word("FILE|DIR")],
+    *,
+    grid: Annotated[tuple[int, ...], Word("4x7x7", _read_grid)],
+    codebook_size: int,
+    out: Folder,
+    labels: Annotated[Path, Word("FILE")] | None = None,
+    val_fraction: float = 0.1,
+) -> None:
+    """Writes tokens of another tokenizer as a token store.
+
+    The source is a .npy file of integers, or a folder of them in the order of their names. An array has a row of
+    tokens for each sample, in raster order, or the axes of the grid.
+
+    Example: maskgit data tokens clips.npy --grid 4x7x7 --codebook-size 256 --out data/clips
+
+    Args:
+        source: File or folder of arrays.
+        grid: Sides of the token grid: N, HxW or TxHxW.
+        codebook_size: Number of codes of the tokenizer.
+        out: Token store to write.
+        labels: Class number of each sample, .npy or text with one number per line (default: one class).
+        val_fraction: Fraction of the samples for validation.
+    """
+    from maskgit_pl.data.own_tokens import write_own_tokens
+
+    made = write_own_tokens(
+        source, out, grid=grid, codebook_size=codebook_size, labels=labels, val_fraction=val_fraction
+    )
+    counts = ", ".join(f"{count:,} {split}" for split, count in made.samples.items())
+    print(f"{out}: {counts}; {made.num_tokens} tokens each; {count_text(len(made.classes), 'class')}")
 
 
 def verify(folder: Folder, *, decode: bool = False, num_workers: int | None = None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import re
 import shlex
 from importlib import import_module
@@ -74,10 +75,10 @@ def _model_row(name: str, folder: Path, origin: str) -> dict[str, str]:
     words = ["maskgit", "sample", name]
     try:
         tokenizer, transformer = (read_json(folder / stage / "config.json") for stage in STAGES)
-        rows, columns = map(int, transformer["network"]["grid"])
+        num_tokens = math.prod(map(int, transformer["network"]["grid"]))
         size, colours = pixels_text(tokenizer["image_size"]), CHANNELS[tokenizer["network"]["in_channels"]]
         classes = count_text(len(transformer["class_names"]), "class")
-        content = f"{size} {colours}, {rows * columns} tokens, {classes}"
+        content = f"{size} {colours}, {num_tokens} tokens, {classes}"
     except (OSError, ValueError, KeyError, TypeError):
         content = "cannot be read"
     if not (folder / "transformer").is_dir():

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Unpack
 from maskgit_pl.checks import check_integer
 from maskgit_pl.cli.arguments import Output, Word
 from maskgit_pl.cli.flags import Device, Folder, ModelFlags, Pictures, Run, check_one_of, record_steps
+from maskgit_pl.files import write_atomically
 from maskgit_pl.folders import hold_lock
 from maskgit_pl.pipeline.options import MAX_RESULTS, DecodingSettings
 from maskgit_pl.processes import launcher_rank, local_rank, named_bars
@@ -39,7 +40,8 @@ def sample(
     negative_class: str | None = None,
     accept_rate: float | None = None,
     classifier: Folder | None = None,
-    out: Annotated[Path, Output(".png", ".npz")] = Path("samples.png"),
+    known: Annotated[Path, Word("FILE")] | None = None,
+    out: Annotated[Path, Output(".png", (".npz", ".npy"))] = Path("samples.png"),
     pictures: Pictures = Pictures(),
     model: ModelFlags = ModelFlags(),
     **decoding_settings: Unpack[DecodingSettings],
@@ -47,7 +49,7 @@ def sample(
     """Generates images of classes.
 
     They are written as one picture, as single files, as an animation of the decoding, or with --num-images as
-    one .npz file.
+    one .npz file. --out FILE.npy writes their tokens, also of a model without a tokenizer.
 
     Example: maskgit sample runs/fashion-mnist-adaln --classes Sneaker,Bag --num-steps 8 --gif bags.gif
 
@@ -64,15 +66,21 @@ def sample(
         accept_rate: With --num-images: generate 1 / X times as many images, and keep the fraction X of each class to
             which a classifier gives the highest probability of that class.
         classifier: Classifier of --accept-rate, such as runs/DATA-classifier/small.
-        out: Picture of all images; FILE.npz with --num-images.
+        known: With --out FILE.npy: tokens (S, *grid) that stay, as .npy, with -1 where tokens are generated; for one
+            class, or one of each sample.
+        out: Picture of all images; FILE.npz with --num-images; FILE.npy for tokens.
     """
     for name, value in {"per_class": per_class, **vars(pictures)}.items():
         check_one_of(num_images=num_images, **{name: value})
     if (accept_rate is None) != (classifier is None) or (num_images is None and accept_rate is not None):
         raise ValueError("--accept-rate, --classifier and --num-images must be given together, got not all of them")
-    suffix, condition = (".png", "without") if num_images is None else (".npz", "with")
-    if out.suffix.lower() != suffix:
-        raise ValueError(f"--out must end in {suffix} {condition} --num-images, got {out}")
+    suffixes, condition = ((".png", ".npy"), "without") if num_images is None else ((".npz",), "with")
+    if (suffix := out.suffix.lower()) not in suffixes:
+        raise ValueError(f"--out must end in {' or '.join(suffixes)} {condition} --num-images, got {out}")
+    if suffix == ".npy" and any(vars(pictures).values()):
+        raise ValueError(f"--images, --gif and --filmstrip must come with --out FILE.png, got {out}")
+    if known is not None and (suffix != ".npy" or per_class is not None):
+        raise ValueError(f"--known must come with --out FILE.npy and without --per-class, got --out {out}")
     if per_class is not None:
         check_integer("per_class", per_class, f"[1, {MAX_RESULTS}]")
     pipe = model.open(folder, local_rank=None if num_images is None else local_rank())
@@ -81,7 +89,10 @@ def sample(
     decoding = pipe.decoding_with(**decoding_settings)
     if num_images is None:
         options = {"batch_size": batch_size, "negative_class": negative, "decoding": decoding}
-        _generate(pipe, labels, per_class or _PER_CLASS, seed, pictures, out, **options)
+        if suffix == ".npy":
+            _generate_tokens(pipe, labels, per_class or _PER_CLASS, known, out, seed=seed, **options)
+        else:
+            _generate(pipe, labels, per_class or _PER_CLASS, seed, pictures, out, **options)
         return
     from maskgit_pl.evaluation.acceptance import Acceptance
     from maskgit_pl.pipeline.bulk import BulkOptions
@@ -135,7 +146,7 @@ def _generate(
     # One row of the picture for each class.
     labels = [label for label in classes for _ in range(per_class)]
     seeds = [seed + row for row in range(len(labels))]
-    with record_steps("sampling", len(labels)) as (after_step, _):
+    with record_steps("sampling", len(labels)) as (after_step, steps):
         images: Any = pipe.generate(labels, output_type="pt", seed=seed, callback=after_step, **options)
     # The first images of the classes lie in different batches, so they are decoded again for the animation.
     rows = range(0, len(labels), per_class if len(classes) > 1 else 1)[:_ANIMATED]
@@ -144,8 +155,31 @@ def _generate(
         recording = pipe.record([labels[row] for row in rows], seed=[seeds[row] for row in rows], **options)
     sheet = image_grid(images, columns=per_class, row_captions=[pipe.class_names[label] for label in classes])
     what = f"{count_text(len(images), 'image')} of {count_text(len(classes), 'class')}"
-    summary = f"{what} in {count_text(options['decoding'].num_steps, 'step')}"
+    summary = f"{what} in {count_text(len(steps), 'step')}"
     pictures.write(out, sheet, summary, images=images, labels=labels, seeds=seeds, recording=recording)
+
+
+def _generate_tokens(
+    pipe: MaskGIT, classes: list[int], per_class: int, known: Path | None, out: Path, **options: Any
+) -> None:
+    """Writes the tokens of ``per_class`` samples of each class, or of a file of known tokens, (S, *grid)."""
+    import numpy as np
+
+    from maskgit_pl.data.arrays import map_any_array
+
+    array, labels = None, [label for label in classes for _ in range(per_class)]
+    if known is not None:
+        array = map_any_array(known)
+        labels = classes * len(array) if len(classes) == 1 else classes
+        if len(labels) != len(array):
+            raise ValueError(f"--classes must be one class, or one of each of the {len(array)} samples of {known}")
+    with record_steps("sampling", len(labels)) as (after_step, _):
+        tokens = pipe.generate_tokens(labels, known=array, callback=after_step, **options).numpy()
+    dtype = np.min_scalar_type(pipe.transformer.network.config.codebook_size - 1)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with write_atomically(out) as file:
+        np.save(file, tokens.astype(dtype), allow_pickle=False)
+    print(f"{out}: {tokens.shape} {dtype} in {count_text(options['decoding'].num_steps, 'step')}")
 
 
 def _generate_many(pipe: MaskGIT, out: Path, options: BulkOptions, acceptance: Acceptance | None) -> None:

@@ -14,6 +14,14 @@ from maskgit_pl.files import open_regular
 
 def map_array(path: Path, shape: tuple[int, ...], dtype: np.dtype[Any], *, hint: str) -> npt.NDArray[Any]:
     """Maps a ``.npy`` file of a known shape and type into memory, read-only."""
+    array = map_any_array(path)
+    if (array.shape, array.dtype) != (shape, dtype):
+        raise ValueError(f"{path} must be {shape} of {dtype}, got {array.shape} of {array.dtype}; {hint}")
+    return array
+
+
+def map_any_array(path: Path) -> npt.NDArray[Any]:
+    """Maps a ``.npy`` file of any shape and type without Python objects into memory, read-only."""
     try:
         os.close(open_regular(path))  # rejects a FIFO or a device, which would block
         with np.errstate(over="raise"):  # NumPy only warns if the product of a shape overflows
@@ -22,8 +30,6 @@ def map_array(path: Path, shape: tuple[int, ...], dtype: np.dtype[Any], *, hint:
         raise
     except Exception as error:  # the header is a Python literal, whose parser raises many kinds of errors
         raise ValueError(f"{path}: cannot be read ({' '.join(str(error).split())[:200]})") from error
-    if (array.shape, array.dtype) != (shape, dtype):
-        raise ValueError(f"{path} must be {shape} of {dtype}, got {array.shape} of {array.dtype}; {hint}")
     return array
 
 

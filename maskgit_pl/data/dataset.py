@@ -1,4 +1,4 @@
-"""Batches from any map-style ``torch.utils.data.Dataset`` of images, labels and vectors, for both training stages.
+"""Batches from any map-style ``torch.utils.data.Dataset`` of images or tokens, labels and vectors, for both stages.
 
 Used from Python, with a plain ``lightning.Trainer``, for data that are not in shards. The samples of a step
 and their random numbers are the same for any number of ranks, workers and micro-batches, and after a resume.
@@ -32,12 +32,13 @@ class IndexedDataset(Dataset[Batch]):
 
     Args:
         dataset: A dataset with ``len(dataset)`` samples; ``dataset[i]`` is (image, label) or (image, label, vector). An
-            image is a PIL image, a uint8 tensor (C, H, W) or (H, W), or a uint8 array (H, W) or (H, W, C); a label is
-            an int. A vector, a tensor or array (V,) of finite numbers such as an embedding of a caption, conditions a
-            network of ``condition_dim`` V in stage 2; either all items have one of this size or none has. An item
+            image is a PIL image, a uint8 tensor (C, H, W) or (H, W), or a uint8 array (H, W) or (H, W, C); or, with
+            ``image_size`` None, the tokens of any tokenizer: integers in the shape of the token grid, or (N,). A label
+            is an int. A vector, a tensor or array (V,) of finite numbers such as an embedding of a caption, conditions
+            a network of ``condition_dim`` V in stage 2; either all items have one of this size or none has. An item
             must depend only on its index: with random transforms, a resumed run would differ.
         image_size: Side of square images, or (height, width), in pixels; the largest part of this shape is
-            cropped and resized.
+            cropped and resized. None for tokens, for stage 2 only.
         in_channels: 1 for grey, 3 for RGB; images are converted, and alpha is over white.
         order: Maps positions of the stream to samples; ``IndexedDataModule`` sets it. None keeps the dataset's order.
         seed: Seed of the augmentations; ``IndexedDataModule`` sets it.
@@ -46,7 +47,7 @@ class IndexedDataset(Dataset[Batch]):
     """
 
     dataset: Dataset[Any]
-    image_size: ImageSize
+    image_size: ImageSize | None
     in_channels: int = 3
     order: Order | None = None
     seed: int = 0
@@ -55,8 +56,13 @@ class IndexedDataset(Dataset[Batch]):
     def __post_init__(self) -> None:
         _ = self._built
         check_channels("in_channels", self.in_channels)
-        # The dataclass is frozen: a plain assignment would raise an error.
-        object.__setattr__(self, "image_size", check_image_size("image_size", self.image_size, "[1, 8192]"))
+        if self.image_size is not None:
+            # The dataclass is frozen: a plain assignment would raise an error.
+            object.__setattr__(self, "image_size", check_image_size("image_size", self.image_size, "[1, 8192]"))
+        elif self.augmentations:
+            raise ValueError(
+                f"augmentations must be None for tokens (image_size None), got {shorten(self.augmentations)}"
+            )
 
     @cached_property
     def _built(self) -> Augmentations:
@@ -66,14 +72,18 @@ class IndexedDataset(Dataset[Batch]):
         return len(cast("Sized", self.dataset))
 
     def __getitems__(self, positions: range) -> Batch:
-        """Returns the batch at some positions; content is (B, in_channels, H, W) uint8."""
+        """Returns the batch at some positions; content is (B, in_channels, H, W) uint8, or tokens (B, N) int64."""
         rows = (InOrder(len(self)) if self.order is None else self.order)(positions)
         images, labels, vectors = list[Tensor](), list[int](), list[Tensor]()
-        drawn, size = self._built.draw(rows.index, rows.epoch, seed=self.seed), height_width(self.image_size)
+        drawn = self._built.draw(rows.index, rows.epoch, seed=self.seed)
         for index, augment in zip(rows.index.tolist(), drawn, strict=True):
             name = f"sample {index}"
             image, label, *vector = _check_item(self.dataset[index], name=name)
-            images.append(augment(_to_pixels(image, channels=self.in_channels, name=name), size))
+            if self.image_size is None:
+                images.append(_to_tokens(image, name=name))
+            else:
+                pixels = _to_pixels(image, channels=self.in_channels, name=name)
+                images.append(augment(pixels, height_width(self.image_size)))
             labels.append(_to_label(label, name=name))
             vectors += [_to_vector(values, name=name) for values in vector]
             if len(vectors) not in (0, len(images)):
@@ -192,6 +202,14 @@ def _to_vector(vector: Any, *, name: str) -> Tensor:
     if values.ndim != 1 or not values.isfinite().all():
         raise ValueError(f"{name}: the vector must be finite numbers of one dimension, got {shorten(vector)}")
     return values
+
+
+def _to_tokens(tokens: Any, *, name: str) -> Tensor:
+    """Converts integers in the shape of a token grid, a tensor, an array or a list, to (N,) int64."""
+    values = np.asarray(tokens)
+    if values.dtype.kind not in "iu":
+        raise TypeError(f"{name}: tokens must be integers, got {values.dtype}; for images, give image_size")
+    return torch.from_numpy(values.astype(np.int64)).flatten()
 
 
 def _to_pixels(image: Any, *, channels: int, name: str) -> Tensor:

@@ -35,6 +35,8 @@ from maskgit_pl.errors import DataChangedError
 from maskgit_pl.files import open_regular, read_json, sync, write_atomically, write_text
 
 Split = Literal["train", "val"]
+DESCRIPTION_FILE = "store.json"
+"""The description of a token store, see ``token_store``."""
 _FORMAT = 1
 _MAX_MANIFEST_BYTES = 2**28  # enough for a million shards
 _MAX_OPEN = 64  # shards open at a time, far below the usual limit of 1,024 files per process
@@ -104,9 +106,10 @@ class DataSummary:
 
     manifests: Mapping[Split, Manifest] = field(repr=False, compare=False)  # they name the folder
     classes: tuple[str, ...]  # label i is ``classes[i]``
-    samples: Mapping[str, int]  # number of samples of each split
-    images: ImageRange  # over all splits
+    samples: Mapping[Split, int]  # number of samples of each split
+    images: ImageRange | None  # over all splits; None for a token store
     fingerprint: str  # SHA-256, hex, of all manifests
+    tokens: tuple[tuple[int, ...], int] | None = None  # grid and codebook size of a token store; None for images
 
     @property
     def num_classes(self) -> int:
@@ -116,7 +119,7 @@ class DataSummary:
     @property
     def channels(self) -> int:
         """The number of channels to decode to: 1 if all images are grey, else 3."""
-        return 1 if self.images.channels == (1,) else 3
+        return 1 if self.images is not None and self.images.channels == (1,) else 3
 
     def manifest(self, split: Split) -> Manifest:
         """Returns the manifest of a split; for one that the folder does not have, see ``load_manifest``."""
@@ -163,11 +166,18 @@ def describe_enlarging(images: ImageRange, image_size: ImageSize) -> str | None:
     )
 
 
+def is_store(folder: str | Path) -> bool:
+    """Returns whether a data folder is a finished token store, which stage 2 reads without images and tokenizer."""
+    return (Path(folder) / DESCRIPTION_FILE).is_file()
+
+
 def load_manifest(folder: str | Path, split: Split) -> Manifest:
     """Reads the manifest of a split without a look at its other files; see ``load_manifests``."""
     folder = Path(folder)
     path = folder / f"{split}.json"
     if not path.exists():
+        if is_store(folder):
+            raise ValueError(f"data {folder} must be a data folder with images, got a token store")
         raise FileNotFoundError(
             f"data folder {folder} has no manifest {path.name}; {_remake_hint(folder)} if it holds shards, or convert "
             f"images with `maskgit data make SOURCE --out {folder}`"

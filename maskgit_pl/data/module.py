@@ -28,7 +28,7 @@ from maskgit_pl.data.manifest import (
 )
 from maskgit_pl.data.order import BATCH_SIZE_RANGE, InOrder, Order, ShuffledStream, split_batch
 from maskgit_pl.data.stream import StreamBatches, StreamConfig
-from maskgit_pl.data.token_store import TokenReader, augmentations_text, check_origin, open_store
+from maskgit_pl.data.token_store import TokenReader, augmentations_text, check_origin, open_store, read_data_summary
 from maskgit_pl.distributed import rank_and_world
 
 log = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ class ShardDataConfig:
     """The data of a run and its batches.
 
     Args:
-        path: Data folder: shards with manifests (see data/README.md).
+        path: Data folder: shards with manifests (see data/README.md), or a token store, which has no images.
         source: ``"images"`` decodes the shards, ``"tokens"`` reads a token store made from them, ``"stream"``
             trains on shards that cannot be indexed and uses the folder for validation and the class names.
         token_store: Folder of the token store; required for ``"tokens"``, else unused.
@@ -135,7 +135,8 @@ class ShardData(StepDataModule):
     @cached_property
     def summary(self) -> DataSummary:
         """The class names, counts, image sizes and fingerprint of the data folder."""
-        return read_manifest_summary(self.config.path)
+        read = read_data_summary if self.config.source == "tokens" else read_manifest_summary
+        return read(self.config.path)
 
     @property
     def fingerprint(self) -> str:
@@ -154,8 +155,10 @@ class ShardData(StepDataModule):
 
     @property
     def enlarging(self) -> str | None:
-        """The sentence of ``describe_enlarging`` about the images of the folder; None for a stream."""
-        return None if self.stream is not None else describe_enlarging(self.summary.images, self.config.image_size)
+        """The sentence of ``describe_enlarging`` about the images of the folder; None for a stream or tokens."""
+        if self.stream is not None or self.summary.images is None:
+            return None
+        return describe_enlarging(self.summary.images, self.config.image_size)
 
     def warn_if_enlarged(self) -> None:
         """Logs ``enlarging`` on rank 0, if there is one."""
@@ -262,7 +265,7 @@ class ShardData(StepDataModule):
             crops=self.config.views,
             augmentations=None if augmentations is None else augmentations_text(augmentations),
             data=self.summary.fingerprint,
-            image_size=self.config.image_size,
+            image_size=None if self.summary.images is None else self.config.image_size,
             classes=self.summary.classes,
             samples=self.summary.samples,
         )

@@ -10,12 +10,13 @@ A store is a folder::
                         each array's file; written last
 
 The arrays are compared with their hashes when a store is opened. Used by the data modules and ``maskgit tokenize``;
-``tokenizing`` writes stores.
+``tokenizing`` and ``own_tokens`` write stores.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -27,15 +28,14 @@ import numpy.typing as npt
 
 from maskgit_pl.checks import ImageSize, as_image_size, build_dataclass, check_integer, check_integers, check_number
 from maskgit_pl.data.arrays import check_unchanged, map_array
-from maskgit_pl.data.manifest import Split
+from maskgit_pl.data.manifest import DESCRIPTION_FILE, DataSummary, Split, is_store, read_manifest_summary
 from maskgit_pl.files import read_json, sha256_of
 from maskgit_pl.text import shorten
 
 Tokens = npt.NDArray[np.unsignedinteger[Any]]  # of StoreDescription.dtype
 
-DESCRIPTION_FILE = "store.json"
 FORMAT = 3
-REMAKE_HINT = "regenerate it with `maskgit tokenize`"
+REMAKE_HINT = "regenerate it with `maskgit tokenize`, or with `maskgit data tokens` if another tokenizer made it"
 _MAX_DESCRIPTION_BYTES = 2**25  # most of it class names
 
 
@@ -43,10 +43,11 @@ _MAX_DESCRIPTION_BYTES = 2**25  # most of it class names
 class StoreDescription:
     """The description of a store: its content and its origin."""
 
-    grid: tuple[int, int]  # height and width of the token grid
+    grid: tuple[int, ...]  # height and width of the token grid; also (N,) or (t, h, w) for a tokenizer of others
     codebook_size: int  # K; tokens lie in [0, K)
-    image_size: ImageSize  # of the images that were encoded: a side, or (height, width), in pixels
-    tokenizer: str  # fingerprint of its weights
+    # Of the images that were encoded: a side, or (height, width), in pixels; None for tokens of another tokenizer.
+    image_size: ImageSize | None
+    tokenizer: str | None  # fingerprint of its weights; None for a tokenizer of others
     data: str  # fingerprint of the data folder
     classes: tuple[str, ...]
     samples: Mapping[Split, int]  # number of samples of each split
@@ -61,12 +62,13 @@ class StoreDescription:
 
     def __post_init__(self) -> None:
         check_integer("crops", self.crops, "[1, 4294967296]")
-        object.__setattr__(self, "image_size", as_image_size(self.image_size))
+        if self.image_size is not None:
+            object.__setattr__(self, "image_size", as_image_size(self.image_size))
 
     @property
     def num_tokens(self) -> int:
         """The number of tokens of an image, N."""
-        return self.grid[0] * self.grid[1]
+        return math.prod(self.grid)
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -95,6 +97,14 @@ def read_description(folder: str | Path) -> StoreDescription:
     if content.pop("format", None) != FORMAT:
         raise ValueError(f"token store {path} must have format {FORMAT}; {REMAKE_HINT}")
     return build_dataclass(StoreDescription, content, str(path))
+
+
+def read_data_summary(folder: str | Path) -> DataSummary:
+    """Reads class names, counts and fingerprint of a data folder, or of a token store in its place."""
+    if not is_store(folder):
+        return read_manifest_summary(folder)
+    store = read_description(folder)
+    return DataSummary({}, store.classes, store.samples, None, store.data, tokens=(store.grid, store.codebook_size))
 
 
 def plain_description(description: StoreDescription) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -28,10 +28,9 @@ from maskgit_pl.checks import ImageSize
 from maskgit_pl.data.augmentations import CENTER, build_augmentations
 from maskgit_pl.data.batches import Batch
 from maskgit_pl.data.loader import ImageBatches, make_loader
-from maskgit_pl.data.manifest import ShardReader, Split, load_manifests, read_manifest_summary
+from maskgit_pl.data.manifest import DESCRIPTION_FILE, ShardReader, Split, load_manifests, read_manifest_summary
 from maskgit_pl.data.order import InOrder
 from maskgit_pl.data.token_store import (
-    DESCRIPTION_FILE,
     FORMAT,
     StoreDescription,
     TokenizingConfig,
@@ -54,9 +53,8 @@ def describe_store(
     For the arguments, see ``StoreDescription``; ``views`` are crops, flip, precision and augmentations.
     """
     summary = read_manifest_summary(path)
-    samples = cast("dict[Split, int]", dict(summary.samples))
     return StoreDescription(
-        grid, codebook_size, image_size, tokenizer, summary.fingerprint, summary.classes, samples, **views
+        grid, codebook_size, image_size, tokenizer, summary.fingerprint, summary.classes, dict(summary.samples), **views
     )
 
 
@@ -264,6 +262,7 @@ def _read_parts(
     listed = description.augmentations
     augmentations = build_augmentations(parse_any_json(listed, "augmentations") if listed else ["random_crop"])
     size = config.batch_size
+    assert description.image_size is not None  # of ``describe_store``
     # One loader per crop and not per part: its workers keep decoding at the border between parts.
     for crop in sorted({part.crop for part in parts}):
         # No batch spans two parts, so batches do not depend on the ranks.

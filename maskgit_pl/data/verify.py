@@ -85,6 +85,7 @@ def describe_data(folder: Path, done: str, notes: Iterable[str] = ()) -> str:
     3. The number of train images of each class, and the number of classes that a model cannot learn.
     """
     summary, train = read_manifest_summary(folder), load_manifest(folder, "train")
+    assert summary.images is not None  # of a data folder
     heights, widths = summary.images.height, summary.images.width
     samples = ", ".join(f"{count} {split}" for split, count in summary.samples.items())
     size = " x ".join(str(low) if low == high else f"{low}-{high}" for low, high in (widths, heights))

@@ -79,7 +79,7 @@ class ParallelDecoder:
         noise: Noise,
         *,
         mask_token_id: int,
-        grid: tuple[int, int],
+        grid: tuple[int, ...],
         first_step: int = 0,
         num_masked: Sequence[int] | None = None,
     ) -> Iterator[DecodingStep]:
@@ -90,7 +90,7 @@ class ParallelDecoder:
             tokens: (B, N) int64: known codes in [0, K), and ``mask_token_id`` at unknown positions.
             noise: Source of the random numbers.
             mask_token_id: Id of the mask token.
-            grid: Rows and columns of tokens, for selectors that depend on the position.
+            grid: Sizes of the axes of the token grid, for selectors that depend on the position.
             first_step: Step to begin at, in [0, T).
             num_masked: Masked tokens of each row; None counts them, which waits for the device.
 
@@ -216,7 +216,7 @@ class _Run:
         noise: Noise,
         *,
         mask_token_id: int,
-        grid: tuple[int, int],
+        grid: tuple[int, ...],
     ) -> None:
         self.decoder = decoder
         self.selector, self.sampling, self.num_steps = decoder.token_selector, decoder.sampling, decoder.num_steps

@@ -63,7 +63,7 @@ class Candidates:
         positions: (B, M) int64 in [0, N): the position of each code.
         gumbel: (B, M) float32: standard Gumbel noise, a function of image, step and position.
         progress: (t + 1) / T, in (0, 1].
-        grid: Rows and columns of tokens.
+        grid: Sizes of the axes of the token grid: (h, w) of an image; see ``BackboneConfig``.
         previous: (B, M, K) float32: ``log_probs`` of these positions when they were last candidates; None in the
             first step, and unless the selector ``sees_previous``.
         decided: (B, M) int64: the code that an earlier step decided, -1 where the token is masked; None unless the
@@ -75,7 +75,7 @@ class Candidates:
     positions: Tensor
     gumbel: Tensor
     progress: float
-    grid: tuple[int, int]
+    grid: tuple[int, ...]
     previous: Tensor | None = None
     decided: Tensor | None = None
 
@@ -245,7 +245,7 @@ class Halton(TokenSelector):
     Distant tokens are nearly independent, so it costs little to draw them independently. The order is the
     same for all images; only the codes are random.
 
-    Source: Besnier et al., arXiv:2503.17076 (bases 2 and 3; their random roll is left out).
+    Source: Besnier et al., arXiv:2503.17076 (bases 2 and 3, and 5 for a third axis; their random roll is left out).
     """
 
     def __call__(self, candidates: Candidates) -> Tensor:
@@ -253,7 +253,7 @@ class Halton(TokenSelector):
 
 
 @lru_cache(maxsize=16)
-def _halton_ranks(grid: tuple[int, int], device: torch.device) -> Tensor:
+def _halton_ranks(grid: tuple[int, ...], device: torch.device) -> Tensor:
     """Returns the rank of each position in the Halton order, (N,) float32 in [0, N)."""
     import torch
 

@@ -284,6 +284,7 @@ def find_classifier(folder: Path, data: ShardData) -> Path:
     of, summary = data.config, data.summary
     words = ["maskgit", "train-classifier", "--data", str(of.path)]
     height, width = height_width(of.image_size)
+    assert summary.images is not None  # of a data folder
     if {*summary.images.height, *summary.images.width} != {height, width} or height != width:
         words += ["--image-size", f"{height},{width}"]
     words += [] if of.in_channels == summary.channels else ["--channels", str(of.in_channels)]
@@ -372,6 +373,7 @@ def train_classifier(  # noqa: PLR0913  # the flags of the command
             the folder cannot be written.
     """
     summary = read_manifest_summary(Path(data))
+    assert summary.images is not None  # of a data folder
     least, largest = zip(summary.images.height, summary.images.width, strict=True)
     if image_size is None and least != largest:
         raise ValueError(

@@ -10,6 +10,7 @@ Shapes: B images, N tokens per image, K codebook size, V columns of the logits, 
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, fields
@@ -28,7 +29,7 @@ __all__ = [
     "BUILT_IN",
     "DEFAULT_BACKBONE",
     "LARGEST_COMPOSED",
-    "LARGEST_GRID",
+    "MOST_TOKENS",
     "Attention",
     "AutoregressiveBackbone",
     "Backbone",
@@ -62,8 +63,8 @@ DEFAULT_BACKBONE = "bert"
 BUILT_IN = {"adaln": "maskgit_pl.networks.adaln", "bert": "maskgit_pl.networks.transformer"}
 """The backbones of this package: name and module, which is imported when a backbone is looked up."""
 
-LARGEST_GRID = 256
-"""Largest number of rows or columns of a token grid: 65,536 tokens, 256 times those of a released image."""
+MOST_TOKENS = 2**16
+"""Largest number of tokens of a grid, 256 times those of a released image."""
 
 LARGEST_COMPOSED = 2**18
 """Largest codebook of a network with token groups: decoding computes a logit for each code from those of the groups."""
@@ -82,7 +83,8 @@ class BackboneConfig(ABC):
     Args:
         codebook_size: K, size of the tokenizer's codebook.
         num_classes: Number of classes, >= 1 (1 for data without classes).
-        grid: Rows and columns (h, w) of the token grid; N = h w.
+        grid: Sizes of the axes of the token grid, whose product is N: (h, w) of an image, (N,) of a sequence, (t, h, w)
+            of a video. Tokens are in raster order, the last axis fastest.
         backbone: Registered name of the backbone.
         class_dropout: Fraction of training samples whose class and vector are hidden from the network, in [0,
             1). Above 0 there is a null label, which classifier-free guidance needs.
@@ -102,7 +104,7 @@ class BackboneConfig(ABC):
 
     codebook_size: int
     num_classes: int
-    grid: tuple[int, int]
+    grid: tuple[int, ...]
     _: KW_ONLY
     backbone: str
     class_dropout: float = 0.1
@@ -116,8 +118,12 @@ class BackboneConfig(ABC):
                 object.__setattr__(self, field.name, tuple(value))
         for name, (least, most) in _LARGEST.items():
             check_integer(f"transformer {name}", getattr(self, name), f"[{least}, {most}]")
-        for side in self.grid:
-            check_integer("transformer grid", side, f"[1, {LARGEST_GRID}]")
+        for size in self.grid:
+            check_integer("transformer grid", size, f"[1, {MOST_TOKENS}]")
+        if not 1 <= len(self.grid) <= 3 or self.num_tokens > MOST_TOKENS:
+            raise ValueError(
+                f"transformer grid must have 1 to 3 axes and at most {MOST_TOKENS} tokens, got {shorten(self.grid)}"
+            )
         for name in ("dropout", "class_dropout"):
             check_number(f"transformer {name}", getattr(self, name), "[0, 1)")
         self._check_groups()
@@ -147,7 +153,7 @@ class BackboneConfig(ABC):
     @property
     def num_tokens(self) -> int:
         """The number of tokens of an image, N."""
-        return self.grid[0] * self.grid[1]
+        return math.prod(self.grid)
 
     @property
     def null_label(self) -> int | None:

@@ -20,6 +20,7 @@ from maskgit_pl.files import parse_any_json, read_yaml, write_text
 from maskgit_pl.networks.backbone import build_config, create_network
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
 from maskgit_pl.networks.weights import skeletons
+from maskgit_pl.pipeline.sharing import stages_of
 from maskgit_pl.pretrained.networks import fingerprint, read_config, read_decoding
 from maskgit_pl.text import code_span, list_some, markdown, printable, python_string, shorten
 
@@ -49,10 +50,11 @@ _log = logging.getLogger(__name__)
 
 
 def write_card(folder: Path | str, *, known: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Writes ``config.json`` and ``README.md`` into a folder that has both stages.
+    """Writes ``config.json`` and ``README.md`` into a pretrained folder.
 
     Args:
-        folder: Folder with ``tokenizer/`` and ``transformer/``. In ``RUN/pretrained``, the run gives its facts.
+        folder: Folder with ``transformer/`` and, for images, ``tokenizer/``. In ``RUN/pretrained``, the run gives its
+            facts.
         known: Content of an older ``config.json`` of the same weights: its license, and its facts outside of a run.
 
     Returns:
@@ -84,28 +86,29 @@ def refresh_card(folder: Path) -> None:
 
 def fingerprints(folder: Path) -> dict[str, str]:
     """Returns the SHA-256 of the weights of each stage, in hex."""
-    return {stage: fingerprint(folder / stage) for stage in STAGES}
+    return {stage: fingerprint(folder / stage) for stage in stages_of(folder)}
 
 
 def describe_folder(folder: Path) -> dict[str, Any]:
-    """Describes a pretrained folder with both stages in plain values."""
+    """Describes a pretrained folder in plain values."""
     # Only the JSON files are read: the description needs no weights in memory.
-    tokenizer, transformer = (read_config(folder / stage, stage) for stage in ("tokenizer", "transformer"))
-    sizes, network = VQGANConfig(**tokenizer["network"]), build_config(transformer["network"], f"{folder}: network")
-    tuned = read_decoding(folder)
+    transformer, tuned = read_config(folder / "transformer", "transformer"), read_decoding(folder)
+    network, of_images = build_config(transformer["network"], f"{folder}: network"), {}
+    parameters = {"transformer": _parameters(lambda: create_network(network))}
+    if "tokenizer" in stages_of(folder):
+        tokenizer = read_config(folder / "tokenizer", "tokenizer")
+        sizes = VQGANConfig(**tokenizer["network"])
+        of_images = {"image_size": tokenizer["image_size"], "in_channels": sizes.in_channels}
+        parameters = {"tokenizer": _parameters(lambda: VQGAN(sizes)), **parameters}
     return {
         "format": "maskgit_pl.pipeline",
         "version": 1,
-        "image_size": tokenizer["image_size"],
-        "in_channels": sizes.in_channels,
-        "grid": list(sizes.grid(tokenizer["image_size"])),
-        "codebook_size": sizes.codebook_size,
+        **of_images,
+        "grid": list(network.grid),
+        "codebook_size": network.codebook_size,
         "num_classes": network.num_classes,
         "class_dropout": network.class_dropout,
-        "parameters": {
-            "tokenizer": _parameters(lambda: VQGAN(sizes)),
-            "transformer": _parameters(lambda: create_network(network)),
-        },
+        "parameters": parameters,
         "backbone": network.backbone,
         "attention": network.attention,
         "mask_schedule": transformer["mask_schedule"],
@@ -173,7 +176,7 @@ def _read_figures(file: Path, weights: Mapping[str, str]) -> dict[str, Any] | No
     metrics = _json(file)
     model, protocol = metrics["model"], metrics["protocol"]
     has_transformer = weights["transformer"].startswith(model["transformer_digest"])  # the first digits
-    if not has_transformer or model["tokenizer_fingerprint"] != weights["tokenizer"]:
+    if not has_transformer or model["tokenizer_fingerprint"] != weights.get("tokenizer"):
         return None
     # What remains after the sections about the protocol are metrics.
     figures = {key: value for key, value in metrics.items() if key not in _NOT_FIGURES}
@@ -223,10 +226,15 @@ def _metadata(content: Mapping[str, Any]) -> list[str]:
 
 
 def _introduction(content: Mapping[str, Any], classes: list[str]) -> list[str]:
-    size, grid = content["image_size"], content["grid"]
     title = markdown((content.get("run") or {}).get("name", "MaskGIT"))
-    channels = content["in_channels"]
-    colour = "grey" if channels == 1 else "colour"
+    images, call = (
+        f"tokens of {len(classes)} classes, to decode with the tokenizer that made them",
+        "generate_tokens([0])",
+    )
+    if "image_size" in content:
+        colour = "grey" if content["in_channels"] == 1 else "colour"
+        images = f"images of {len(classes)} classes, {pixels_text(content['image_size'])} pixels in {colour}"
+        call = 'generate([0], seed=0)[0].save("image.png")'
     # Class names come from the data: markdown() escapes them.
     names = list_some([markdown(name) for name in classes], most=_NAMES_SHOWN)
     parameters = content["parameters"]
@@ -239,27 +247,26 @@ def _introduction(content: Mapping[str, Any], classes: list[str]) -> list[str]:
     return [
         f"# {title}",
         "",
-        f"{kind} ([arXiv:2202.04200](https://arxiv.org/abs/2202.04200)): images of {len(classes)} classes, "
-        f"{pixels_text(size)} pixels in {colour}, decoded {steps}.",
+        f"{kind} ([arXiv:2202.04200](https://arxiv.org/abs/2202.04200)): {images}, decoded {steps}.",
         "",
         "```python",
         "from maskgit_pl import MaskGIT",
         "",
         f"pipe = MaskGIT.from_pretrained({python_string(PLACEHOLDER)})",
-        'pipe.generate([0], seed=0)[0].save("image.png")',
+        f"pipe.{call}",
         "```",
         "",
         "| property | value |",
         "|---|---|",
         f"| classes | {names} |",
         f"| no class | {'yes, `None`' if content['class_dropout'] else 'no, trained without class dropout'} |",
-        f"| tokens per image | {grid[0]} x {grid[1]}, of {content['codebook_size']} codes |",
-        *(f"| parameters, {stage} | {parameters[stage]:,} |" for stage in STAGES),
+        f"| tokens per image | {' x '.join(map(str, content['grid']))}, of {content['codebook_size']} codes |",
+        *(f"| parameters, {stage} | {parameters[stage]:,} |" for stage in parameters),
         f"| backbone | {content['backbone']} |",
         f"| attention | {content['attention']} |",
         *([] if is_autoregressive else [f"| mask schedule | {_format_value(content['mask_schedule'])} |"]),
         f"| decoding ({origin}) | {_format_value(content['decoding'])} |",
-        *(f"| fingerprint, {stage} | {code_span(content['fingerprints'][stage])} |" for stage in STAGES),
+        *(f"| fingerprint, {stage} | {code_span(content['fingerprints'][stage])} |" for stage in parameters),
         "",
     ]
 

@@ -69,7 +69,8 @@ class MaskGIT:
         images[0].save("sneaker.png")
 
     Args:
-        tokenizer: Encodes images to tokens and decodes tokens to images.
+        tokenizer: Encodes images to tokens and decodes tokens to images. None for a transformer of tokens of another
+            tokenizer, which generates no images, only tokens.
         transformer: Predicts the tokens of a class.
         decoding: Decoding settings; by default those that were exported with the transformer.
         negative_model: Default of the option ``negative_model``; see ``options.GenerateKeywords``.
@@ -83,21 +84,22 @@ class MaskGIT:
 
     def __init__(
         self,
-        tokenizer: PretrainedTokenizer,
+        tokenizer: PretrainedTokenizer | None,
         transformer: PretrainedTransformer,
         *,
         decoding: DecodingConfig | None = None,
         negative_model: NegativeModelLike | None = None,
         pack_weights: bool = True,
     ) -> None:
-        transformer.check_tokenizer(tokenizer.fingerprint)
+        transformer.check_tokenizer(None if tokenizer is None else tokenizer.fingerprint)
         grid = transformer.network.config.grid
-        if tokenizer.grid != grid:
+        if tokenizer is not None and tokenizer.grid != grid:
+            axes = " x ".join(map(str, grid))
             raise ValueError(
-                f"image_size of the tokenizer must give the transformer's grid of {grid[0]} x {grid[1]} tokens, got "
+                f"image_size of the tokenizer must give the transformer's grid of {axes} tokens, got "
                 f"{pixels_text(tokenizer.image_size)} pixels with a grid of {tokenizer.grid[0]} x {tokenizer.grid[1]}"
             )
-        self.tokenizer, self.transformer = tokenizer, transformer
+        self._tokenizer, self.transformer = tokenizer, transformer
         self._decoding, self._pack_weights = decoding, pack_weights
         set_packing(transformer.network, enabled=pack_weights)
         transformer.follow_weights()  # from here on, changes of the weights are found
@@ -145,9 +147,10 @@ class MaskGIT:
             decoding = read_decoding(folder)
             if negative_model is None and (folder / NEGATIVE).is_dir():
                 negative_model = folder / NEGATIVE
+        transformer = load_transformer(folder / "transformer")
         pipe = cls(
-            load_tokenizer(folder / "tokenizer"),
-            load_transformer(folder / "transformer"),
+            None if transformer.tokenizer_fingerprint is None else load_tokenizer(folder / "tokenizer"),
+            transformer,
             decoding=decoding,
             negative_model=negative_model,
             pack_weights=pack_weights,
@@ -168,9 +171,11 @@ class MaskGIT:
         folder, known, source = Path(folder), {}, self.transformer.folder
         if source is not None and (source.parent / "config.json").is_file():
             known = read_config(source.parent, "pipeline")
-        network = self.tokenizer.network
-        save_tokenizer(folder / "tokenizer", network.config, network.state_dict(), image_size=self.tokenizer.image_size)
-        tokenizer = fingerprint(folder / "tokenizer")
+        tokenizer = None
+        if self._tokenizer is not None:
+            network, size = self._tokenizer.network, self._tokenizer.image_size
+            save_tokenizer(folder / "tokenizer", network.config, network.state_dict(), image_size=size)
+            tokenizer = fingerprint(folder / "tokenizer")
         for transformer, name_of_folder in zip(self._transformers(), ("transformer", NEGATIVE), strict=False):
             schedule = transformer.mask_schedule
             save_transformer(
@@ -191,6 +196,16 @@ class MaskGIT:
         else:
             save_decoding(folder, self._decoding)
         write_card(folder, known=known if known.get("fingerprints") == fingerprints(folder) else None)
+
+    @property
+    def tokenizer(self) -> PretrainedTokenizer:
+        """The tokenizer; raises a ``ValueError`` if the model has none."""
+        if self._tokenizer is None:
+            raise ValueError(
+                "the model must have a tokenizer for images, got one of tokens of another tokenizer; write its tokens "
+                "with `maskgit sample RUN --out tokens.npy`, and decode them with that tokenizer"
+            )
+        return self._tokenizer
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -219,7 +234,8 @@ class MaskGIT:
             ValueError: if the device is not available.
         """
         device = check_device(device)
-        self.tokenizer.network.to(device=device, dtype=dtype)
+        if self._tokenizer is not None:
+            self._tokenizer.network.to(device=device, dtype=dtype)
         for transformer in self._transformers():
             transformer.to(device, dtype=dtype)
         return self
@@ -299,6 +315,26 @@ class MaskGIT:
         """
         request = self._request(classes, options, output_type=output_type)
         return tasks.as_output(tasks.generate(self, request), output_type)
+
+    def generate_tokens(
+        self, classes: Classes, *, known: npt.ArrayLike | None = None, **options: Unpack[GenerateKeywords]
+    ) -> Tensor:
+        """Generates the tokens of one sample for each class; the model needs no tokenizer.
+
+        Args:
+            classes: See ``generate``.
+            known: (n, N) or (n, *grid) integers in [-1, K): tokens that stay, and -1 where they are generated, at one
+                place of each sample or more. None generates all.
+            options: See ``generate``. With ``known``, the first floor(T / 6) of T steps are skipped.
+
+        Returns:
+            (n, *grid) int64 in [0, K), on the CPU.
+
+        Raises:
+            ValueError: if ``known`` has another shape, type or range. See also ``generate``.
+        """
+        tokens = tasks.generate_tokens(self.transformer, self._request(classes, options), known)
+        return tokens.reshape(-1, *self.transformer.network.config.grid)
 
     def record(self, classes: Classes, **options: Unpack[GenerateKeywords]) -> Recording:
         """Decodes one batch of images and keeps every step. See ``generate`` for the arguments."""
@@ -481,15 +517,18 @@ class MaskGIT:
 
     def __repr__(self) -> str:
         """Returns classes, image size, tokens, steps, parameters, device and type of the weights in one line."""
-        tokenizer, transformer = self.tokenizer.network.config, self.transformer.network.config
-        networks = [list(network.parameters()) for network in (self.tokenizer.network, self.transformer.network)]
-        counts = " + ".join(f"{sum(weight.numel() for weight in network):,}" for network in networks)
-        size, (rows, columns) = self.tokenizer.image_size, transformer.grid
-        colours = CHANNELS[tokenizer.in_channels]
+        images, transformer = "", self.transformer.network.config
+        networks: list[torch.nn.Module] = [self.transformer.network]
+        if self._tokenizer is not None:
+            colours, size = CHANNELS[self._tokenizer.channels], pixels_text(self._tokenizer.image_size)
+            images = f"{colours} images of {size} pixels, "
+            networks.insert(0, self._tokenizer.network)
+        counts = " + ".join(f"{sum(weight.numel() for weight in network.parameters()):,}" for network in networks)
+        dtype = str(next(networks[-1].parameters()).dtype).removeprefix("torch.")
         return (
-            f"MaskGIT({len(self.class_names)} classes, {colours} images of {pixels_text(size)} pixels, {rows} x "
-            f"{columns} tokens of {tokenizer.codebook_size} codes, {self.decoding.num_steps} steps, "
-            f"{counts} parameters, {str(networks[1][0].dtype).removeprefix('torch.')} on {self.device})"
+            f"MaskGIT({len(self.class_names)} classes, {images}{' x '.join(map(str, transformer.grid))} tokens of "
+            f"{transformer.codebook_size} codes, {self.decoding.num_steps} steps, {counts} parameters, {dtype} on "
+            f"{self.device})"
         )
 
     def _request(

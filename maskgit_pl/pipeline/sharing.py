@@ -9,15 +9,16 @@ import re
 from pathlib import Path
 from typing import TypedDict, Unpack
 
+from maskgit_pl.files import read_json
 from maskgit_pl.text import did_you_mean
 
 _FOLDER = Path(__file__).parents[1] / "models"
 # Files that a pipeline needs. Other files of a repository may be large and are not downloaded.
-NETWORK_FILES = tuple(
-    f"{stage}/{file}" for stage in ("tokenizer", "transformer") for file in ("config.json", "model.safetensors")
-)
+_STAGES, _FILES = ("tokenizer", "transformer"), ("config.json", "model.safetensors")
+NETWORK_FILES = tuple(f"{stage}/{file}" for stage in _STAGES for file in _FILES)
 FILES = (*NETWORK_FILES, "config.json", "decoding.json", "negative/config.json", "negative/model.safetensors")
 """The files of a pretrained folder, without card and license."""
+_MAX_BYTES = 8_000_000  # of a config.json
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _OUR_FOLDERS = ("runs", "pretrained")  # a name in one of these folders is a path, even if it does not exist
 
@@ -63,7 +64,9 @@ def find_folder(path_or_hub_id: Path | str, **hub: Unpack[HubOptions]) -> Path:
         raise FileNotFoundError(f"hub {hub_id}: no such folder, and not found on the Hub: {reason}") from error
     folder = Path(downloaded)
     # A repository of another kind downloads without an error.
-    missing = [file for file in NETWORK_FILES if not (folder / file).is_file()]
+    missing = [
+        f"{stage}/{file}" for stage in stages_of(folder) for file in _FILES if not (folder / stage / file).is_file()
+    ]
     if missing:
         raise ValueError(
             f"hub {hub_id} must be a repository that `maskgit push` wrote, but {missing[0]} is missing; name a folder"
@@ -91,12 +94,19 @@ def local_folder(path: Path | str) -> Path:
         raise FileNotFoundError(f"run {folder}: no such folder; {advice} Models of the package: {', '.join(bundled)}")
     # A run has the folder pretrained/; a pretrained folder has the stages itself.
     pretrained = folder / "pretrained" if (folder / "pretrained").is_dir() else folder
-    for stage in ("tokenizer", "transformer"):
+    for stage in stages_of(pretrained):
         if not (pretrained / stage / "config.json").is_file():
             raise FileNotFoundError(
                 f"run {folder}: no {stage} in {pretrained}; `maskgit train {stage}` writes it at its end"
             )
     return pretrained
+
+
+def stages_of(folder: Path) -> tuple[str, ...]:
+    """Returns the stages of a pretrained folder: a transformer of tokens of another tokenizer has none beside it."""
+    config = folder / "transformer" / "config.json"
+    is_alone = config.is_file() and read_json(config, max_bytes=_MAX_BYTES).get("tokenizer_fingerprint", "") is None
+    return ("transformer",) if is_alone else _STAGES
 
 
 def find_transformer(path_or_hub_id: Path | str) -> Path:

@@ -9,11 +9,13 @@ editing functions.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from einops import rearrange
 from torch import Tensor
@@ -100,7 +102,32 @@ def as_output(images: Tensor, output_type: OutputType) -> Images:
 
 def generate(pipe: Pipeline, request: Request) -> Tensor:
     """Generates one image for each label."""
-    return torch.cat([_decode_images(pipe, request.part(rows)) for rows in request.batches()])
+    tokenizer, parts = pipe.tokenizer, map(request.part, request.batches())
+    return torch.cat([tokenizer.decode(_decode_tokens(pipe.transformer, part)) for part in parts])
+
+
+def generate_tokens(transformer: PretrainedTransformer, request: Request, known: npt.ArrayLike | None) -> Tensor:
+    """Generates tokens (n, N) int64 on the CPU. See ``MaskGIT.generate_tokens`` for the arguments."""
+    config, count = transformer.network.config, len(request.labels)
+    if known is None:
+        parts = map(request.part, request.batches())
+        return torch.cat([_decode_tokens(transformer, part).cpu() for part in parts])
+    transformer.schedule_for("known")
+    array = np.asarray(known)
+    if array.dtype.kind not in "iu" or array.shape not in ((count, config.num_tokens), (count, *config.grid)):
+        raise ValueError(
+            f"known must be integers of shape {(count, *config.grid)}, the results and their token grid, got "
+            f"{array.shape} of {array.dtype}"
+        )
+    tokens = torch.from_numpy(array.astype(np.int64)).reshape(count, -1)
+    if tokens.min() < -1 or tokens.max() >= config.codebook_size or not bool((tokens == -1).any(1).all()):
+        raise ValueError(
+            f"known must be in [-1, {config.codebook_size}), with a -1 in each sample, got {tokens.min()} to "
+            f"{tokens.max()}; -1 marks tokens to generate"
+        )
+    for rows, part, context, start in _edits(request, tokens, tokens == -1, config.mask_token_id):
+        tokens[rows] = _decode_tokens(transformer, part, tokens=context, first_step=start).cpu()
+    return tokens
 
 
 def inpaint(
@@ -187,30 +214,40 @@ def _conditional_model(transformer: PretrainedTransformer) -> ConditionalModel:
     return ConditionalModel(transformer.network, transformer.device, transformer.first_step)
 
 
-def _decode_images(pipe: Pipeline, request: Request, *, tokens: Tensor | None = None, first_step: int = 0) -> Tensor:
-    """Decodes all results of a request in one batch, and returns their images (B, C, H, W). See ``decode``."""
-    for step in decode(pipe.transformer, request, tokens=tokens, first_step=first_step):
+def _decode_tokens(
+    transformer: PretrainedTransformer, request: Request, *, tokens: Tensor | None = None, first_step: int = 0
+) -> Tensor:
+    """Decodes all results of a request in one batch, and returns their tokens (B, N). See ``decode``."""
+    for step in decode(transformer, request, tokens=tokens, first_step=first_step):
         if request.callback is not None:
             request.callback(step)
-    return pipe.tokenizer.decode(step.tokens)
+    return step.tokens
 
 
-def _regenerate(pipe: Pipeline, request: Request, tokens: Tensor, unknown: Tensor) -> Tensor:
-    """Decodes the unknown tokens of each result, and returns the images of all tokens.
+def _edits(
+    request: Request, tokens: Tensor, unknown: Tensor, mask_token_id: int
+) -> Iterator[tuple[Sequence[int], Request, Tensor | None, int]]:
+    """Yields batches of results with some unknown tokens: their rows, request, context and first step.
 
     ``tokens`` (n, N) int64 hold any code where ``unknown`` (n, N) bool; (1, N) is for all results.
     """
-    tokens = tokens.masked_fill(unknown, pipe.transformer.network.config.mask_token_id)
+    tokens = tokens.masked_fill(unknown, mask_token_id)
     tokens, unknown = (rows.expand(len(request.labels), -1) for rows in (tokens, unknown))
     first_steps = [first_step(row, num_steps=request.decoding.num_steps) for row in unknown]
-    shape = (len(tokens), pipe.tokenizer.channels, *height_width(pipe.tokenizer.image_size))
-    images = torch.empty(shape, dtype=torch.uint8)
     # A batch shares its steps, so rows with different first steps cannot be in one.
     for start in sorted(set(first_steps)):
         for rows in request.batches([row for row, first in enumerate(first_steps) if first == start]):
             context = None if bool(unknown[rows].all()) else tokens[rows]  # None: without context
-            part = request.part(rows)
-            images[rows] = _decode_images(pipe, part, tokens=context, first_step=start)
+            yield rows, request.part(rows), context, start
+
+
+def _regenerate(pipe: Pipeline, request: Request, tokens: Tensor, unknown: Tensor) -> Tensor:
+    """Decodes the unknown tokens of each result, and returns the images of all tokens. See ``_edits``."""
+    shape = (len(request.labels), pipe.tokenizer.channels, *height_width(pipe.tokenizer.image_size))
+    images, mask_token_id = torch.empty(shape, dtype=torch.uint8), pipe.transformer.network.config.mask_token_id
+    for rows, part, context, start in _edits(request, tokens, unknown, mask_token_id):
+        decoded = _decode_tokens(pipe.transformer, part, tokens=context, first_step=start)
+        images[rows] = pipe.tokenizer.decode(decoded)
     return images
 
 
@@ -232,7 +269,7 @@ def _fill(pipe: Pipeline, request: Request, tokens: Tensor, unknown: Tensor) -> 
         waiting = unknown.to(device).repeat(len(rows), 1, 1)
         confidence = torch.ones(canvas.shape, device=device)
         seeds = torch.tensor(batch.seeds)
-        for number, window in enumerate(windows(unknown, size=config.grid)):
+        for number, window in enumerate(windows(unknown, size=pipe.tokenizer.grid)):
             hidden = window.unknown.to(device)
             context = canvas[window.index].masked_fill(hidden, config.mask_token_id).flatten(1)
             # 2. Each window has its own noise: with the same noise, windows would repeat one another.

@@ -6,6 +6,7 @@ A backbone declares its tables with a row for each id, class or token (``Backbon
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import fields
 
 import torch
@@ -79,14 +80,34 @@ def _fit_classes(table: Tensor, old: BackboneConfig, new: BackboneConfig) -> Ten
 
 
 def _fit_positions(table: Tensor, old: BackboneConfig, new: BackboneConfig) -> Tensor:
-    """Converts rows (others + old grid, D) to (others + new grid, D), bicubic in 2-D. The grids are in raster order.
+    """Converts rows (others + old grid, D) to (others + new grid, D), bicubic in each axis. Grids are in raster order.
+
+    An image is a video of one frame.
+
+    Raises:
+        ValueError: if one grid is a sequence and the other one is none.
 
     Source: ViT, arXiv:2010.11929, section 3.2.
     """
-    others = len(table) - old.num_tokens
     if old.grid == new.grid:
         return table
-    planes = rearrange(table[others:].float(), "(h w) d -> 1 d h w", h=old.grid[0])
-    is_smaller = new.grid[0] < old.grid[0] or new.grid[1] < old.grid[1]
-    planes = F.interpolate(planes, size=new.grid, mode="bicubic", align_corners=False, antialias=is_smaller)
-    return torch.cat([table[:others], rearrange(planes, "1 d h w -> (h w) d").to(table.dtype)])
+    if (len(old.grid) == 1) != (len(new.grid) == 1):
+        raise ValueError(
+            f"model.network.grid must have as many axes as that of the pretrained transformer, {list(old.grid)}, got "
+            f"{list(new.grid)}; start from another one"
+        )
+    others = len(table) - old.num_tokens
+    (frames, *image), (new_frames, *new_image) = ((*(1,) * (3 - len(grid)), *grid) for grid in (old.grid, new.grid))
+    rows = rearrange(table[others:].float(), "(t h w) d -> t d h w", t=frames, h=image[0])
+    rows = _resize(rows, new_image)
+    if frames != new_frames:
+        columns = rearrange(rows, "t d h w -> 1 d t (h w)")
+        columns = _resize(columns, [new_frames, columns.shape[-1]])
+        rows = rearrange(columns, "1 d t (h w) -> t d h w", h=new_image[0])
+    return torch.cat([table[:others], rearrange(rows, "t d h w -> (t h w) d").to(table.dtype)])
+
+
+def _resize(planes: Tensor, size: Sequence[int]) -> Tensor:
+    """Resizes planes (B, D, h, w) float32 to a size (h, w)."""
+    is_smaller = size[0] < planes.shape[-2] or size[1] < planes.shape[-1]
+    return F.interpolate(planes, size=tuple(size), mode="bicubic", align_corners=False, antialias=is_smaller)

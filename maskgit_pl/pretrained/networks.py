@@ -123,7 +123,7 @@ class PretrainedTransformer:
         mask_schedule: Mask schedule of its training; None for an autoregressive transformer.
         decoding: Default configuration of decoding.
         class_names: Name of each class.
-        tokenizer_fingerprint: Fingerprint of the tokenizer whose tokens it predicts.
+        tokenizer_fingerprint: Fingerprint of the tokenizer whose tokens it predicts; None for that of others.
         folder: Folder that it was read from; None if it came from memory.
         corruption: Corruption of its training, if decoding shows it, too; None for all others.
     """
@@ -132,7 +132,7 @@ class PretrainedTransformer:
     mask_schedule: MaskSchedule | None
     decoding: DecodingConfig
     class_names: tuple[str, ...]
-    tokenizer_fingerprint: str
+    tokenizer_fingerprint: str | None
     folder: Path | None = None
     corruption: Corruption | None = None
 
@@ -179,14 +179,14 @@ class PretrainedTransformer:
             free_packed(self.network)
             self.first_step.clear()
 
-    def check_tokenizer(self, fingerprint: str) -> None:
-        """Checks that a tokenizer is the one whose tokens the network predicts."""
+    def check_tokenizer(self, fingerprint: str | None) -> None:
+        """Checks that a tokenizer is the one whose tokens the network predicts; None is one of others."""
         # The same codes mean other patches in another tokenizer: the images would be noise without an error.
         if fingerprint != self.tokenizer_fingerprint:
             raise ValueError(
                 "transformer must be used with the tokenizer that it was trained with, whose fingerprint is "
-                f"{self.tokenizer_fingerprint[:12]}, got {fingerprint[:12]}; load that tokenizer, or train the "
-                "transformer on this one"
+                f"{str(self.tokenizer_fingerprint)[:12]}, got {str(fingerprint)[:12]}; load that tokenizer, or train "
+                "the transformer on this one"
             )
 
     def check_negative(self, negative: PretrainedTransformer) -> None:
@@ -195,7 +195,7 @@ class PretrainedTransformer:
         config, weak = self.network.config, negative.network.config
         for name, strong_value, weak_value in (
             ("attention", config.attention, weak.attention),
-            ("the tokenizer", self.tokenizer_fingerprint[:12], negative.tokenizer_fingerprint[:12]),
+            ("the tokenizer", str(self.tokenizer_fingerprint)[:12], str(negative.tokenizer_fingerprint)[:12]),
             ("codebook_size", config.codebook_size, weak.codebook_size),
             ("grid", config.grid, weak.grid),
             ("class_names", self.class_names, negative.class_names),
@@ -211,8 +211,11 @@ class PretrainedTransformer:
 class Pipeline(Protocol):
     """The networks of a pipeline, which ``MaskGIT`` is."""
 
-    tokenizer: PretrainedTokenizer
     transformer: PretrainedTransformer
+
+    @property
+    def tokenizer(self) -> PretrainedTokenizer:
+        """The tokenizer; raises a ``ValueError`` if there is none."""
 
 
 NegativeModelLike: TypeAlias = Path | str | PretrainedTransformer | Pipeline
@@ -250,7 +253,7 @@ def save_transformer(
     mask_schedule: str | dict[str, Any] | None,
     decoding: DecodingConfig,
     class_names: tuple[str, ...],
-    tokenizer_fingerprint: str,
+    tokenizer_fingerprint: str | None,
     corruption: Corruption | None = None,
 ) -> None:
     """Writes a transformer folder; an older one is replaced when the new one is complete.
@@ -465,8 +468,8 @@ def _parse_transformer(content: Mapping[str, Any], file: Path) -> tuple[Backbone
             f"{file}: mask_schedule must be set for bidirectional and null for causal attention, got {shorten(spec)} "
             f"for {network.attention}"
         )
-    if not isinstance(tokenizer, str):
-        raise ValueError(f"{file}: tokenizer_fingerprint must be a string, got {shorten(tokenizer)}")
+    if not isinstance(tokenizer, str | None):
+        raise ValueError(f"{file}: tokenizer_fingerprint must be a string or null, got {shorten(tokenizer)}")
     decoding = _build_decoding(content["decoding"], f"{file}: decoding")
     class_names = check_class_names(f"{file}: class_names", content["class_names"], network.num_classes)
     try:

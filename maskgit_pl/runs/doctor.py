@@ -16,7 +16,8 @@ from typing import Any, Literal, Unpack, get_args
 import torch
 
 from maskgit_pl.data import ShardDataConfig, split_batch
-from maskgit_pl.data.manifest import Split, read_manifest_summary
+from maskgit_pl.data.manifest import Split
+from maskgit_pl.data.token_store import read_data_summary
 from maskgit_pl.errors import is_user_error
 from maskgit_pl.runs.costs import Encoder, Memory, checkpoint_bytes, step_memory, useful_flops
 from maskgit_pl.runs.fitting import build, check_run_outputs, describe_batch, describe_start, leave_no_trace
@@ -203,9 +204,9 @@ def _find_inputs(
     plan, inputs = Plan(recipe, shards=Path(data or ""), folder=run_folder(recipe, run)), Inputs()
     with report.catch("data"):
         plan = replace(plan, shards=find_data(recipe, data))
-        summary = read_manifest_summary(plan.shards)
+        summary = read_data_summary(plan.shards)
         if recipe.get("data.source") != "stream":
-            for split in get_args(Split):
+            for split in get_args(Split) if summary.tokens is None else ():
                 summary.manifest(split)
             counts = ", ".join(f"{count:,} {split}" for split, count in summary.samples.items())
             report.add("data", f"{plan.shards}: {counts}; {count_text(summary.num_classes, 'class')}")
@@ -215,9 +216,10 @@ def _find_inputs(
             found = find_tokenizer(
                 recipe, folder=plan.folder, shards=plan.shards, tokenizer=tokenizer, pretrained=pretrained
             )
-            sizes, image_size = read_tokenizer_sizes(found)
-            plan, inputs = replace(plan, tokenizer=found), replace(inputs, tokenizer=(sizes, image_size))
-            report.add("tokenizer", f"{found}: {count_text(sizes.codebook_size, 'code')}")
+            if found is not None:
+                sizes, image_size = read_tokenizer_sizes(found)
+                plan, inputs = replace(plan, tokenizer=found), replace(inputs, tokenizer=(sizes, image_size))
+                report.add("tokenizer", f"{found}: {count_text(sizes.codebook_size, 'code')}")
     return replace(plan, pretrained=None if pretrained is None else Path(pretrained) / plan.stage), inputs
 
 

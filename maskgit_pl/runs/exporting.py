@@ -77,7 +77,7 @@ def _plan(folder: Path, stage: Stage, data: str | Path | None, out: Path) -> Pla
     config = folder / stage / "config.yaml"
     recipe = Recipe.from_run(stage, config, _HERE)
     shards, tokenizer = find_data(recipe, data), None
-    if stage == "transformer":
+    if stage == "transformer" and "model.tokenizer" in recipe.paths:
         # The tokenizer may have moved with the run, or was exported to the same folder before.
         places = [Path(recipe.paths["model.tokenizer"]), folder / "pretrained" / "tokenizer", out / "tokenizer"]
         tokenizer = next((path for path in places if (path / "config.json").is_file()), places[0])

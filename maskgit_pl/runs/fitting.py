@@ -175,7 +175,7 @@ def build(plan: Plan, callbacks: Sequence[Callback] = (), *, inputs: Inputs | No
     # Only initial weights use torch's generator: all other random numbers are functions of the recipe's seed.
     torch.manual_seed(values.data.seed)
     data, module = ShardData(values.data, inputs.data), values.module(values.model)
-    weights = {name: fingerprint(getattr(values.model, name)) for name in _WEIGHTS if hasattr(values.model, name)}
+    weights = {name: fingerprint(path) for name in _WEIGHTS if (path := getattr(values.model, name, None)) is not None}
     fixed = fixed_settings(values.tree, free=free_keys(values.model), data=data.fingerprint, **weights)
     _check_unchanged(plan, fixed)
     watchdog = Watchdog(plan.stage_folder, seconds=values.hang_seconds)
@@ -234,12 +234,17 @@ def _check_unchanged(plan: Plan, fixed: Mapping[str, Any]) -> None:
 
 def _check_data_fit(module: TokenModel, data: ShardData) -> None:
     """Checks that a module of stage 2 has the classes of its data and no vectors, and its tokenizer their tokens."""
-    for key, expected in (("num_classes", data.num_classes), ("condition_dim", 0)):
+    expected_values: dict[str, Any] = {"num_classes": data.num_classes, "condition_dim": 0}
+    if data.summary.tokens is not None:
+        expected_values["grid"], expected_values["codebook_size"] = data.summary.tokens
+    for key, expected in expected_values.items():
         if (value := getattr(module.config.network, key)) != expected:
             raise ValueError(
                 f"model.network.{key} must be {expected} for {data.config.path}, got {value}; leave the key out or "
                 "use other data"
             )
+    if module.config.tokenizer is None:
+        return
     tokenizer = module.tokenizer  # raises if it does not fit the model
     data.require_tokenizer(
         tokenizer.fingerprint, grid=tokenizer.grid, codebook_size=tokenizer.network.config.codebook_size
@@ -304,14 +309,14 @@ def _build_callbacks(
     folder = plan.stage_folder
     # A progress bar for a terminal, lines for a log file.
     progress: Callback = RichProgressBar() if sys.stdout.isatty() else ProgressLines()
-    pictures: Callback = ReconstructionPictures(folder)
-    if plan.stage == "transformer":
-        pictures = SamplePictures(folder, class_names=data.class_names)
+    pictures: list[Callback] = [ReconstructionPictures(folder)]
+    if plan.stage == "transformer":  # without a tokenizer there are no pictures
+        pictures = [SamplePictures(folder, class_names=data.class_names)] if values.model.tokenizer else []
     # Health comes first: another callback may save a step and end the run. Speed comes last, so that it
     # does not count the pictures after a validation.
     health = [HealthMonitor()] if isinstance(values, TokenizerRun) else []
     named = [callbacks.build(spec).create(folder) for spec in values.callbacks]
-    return [*health, *saving, progress, pictures, UnreadableReport(folder), *named, *more, SpeedMonitor(folder)]
+    return [*health, *saving, progress, *pictures, UnreadableReport(folder), *named, *more, SpeedMonitor(folder)]
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from maskgit_pl.checks import ImageSize, as_image_size, check_integer
-from maskgit_pl.data.manifest import DataSummary, read_manifest_summary
+from maskgit_pl.data.manifest import DataSummary, is_store
 from maskgit_pl.data.sources.public import how_to_get
+from maskgit_pl.data.token_store import read_data_summary
 from maskgit_pl.files import read_yaml
 from maskgit_pl.runs.recipe import Recipe, Stage, merge, value_at
 from maskgit_pl.text import parse_size
@@ -48,7 +49,7 @@ class Plan:
 
     Args:
         recipe: Values of the run, and the stage.
-        shards: Data folder.
+        shards: Data folder; for stage 2 also a token store, which needs no tokenizer.
         folder: Run folder, ``runs/RUN``; it contains the stage folder.
         tokenizer: Pretrained tokenizer folder, for stage 2.
         pretrained: Pretrained folder of this stage, with the initial weights and the sizes of a new run.
@@ -81,7 +82,7 @@ class Folders(TypedDict, total=False):
 
     Attributes:
         run: A name in ``runs/``, or a folder: a ``Path`` or a string with a slash. Default: ``DATASET-RECIPE``.
-        data: Data folder. Default: ``data/shards/DATASET``.
+        data: Data folder, or a token store for stage 2. Default: ``data/shards/DATASET``.
         tokenizer: Pretrained tokenizer folder, for stage 2. Default: the run's own, or the only one for these data.
         pretrained: Pretrained folder with the initial weights of a new run.
     """
@@ -171,12 +172,16 @@ def find_tokenizer(
     shards: Path,
     tokenizer: str | Path | None = None,
     pretrained: str | Path | None = None,
-) -> Path:
-    """Finds the tokenizer of stage 2.
+) -> Path | None:
+    """Finds the tokenizer of stage 2; None if ``shards`` is a token store.
 
     The first that exists of: the named one; that of the repeated run; the run's own; that of ``pretrained``;
     the only tokenizer that other runs have trained on the data folder ``shards``.
     """
+    if is_store(shards):
+        if tokenizer is not None:
+            raise ValueError(f"tokenizer must be left out for data {shards}, which are tokens already, got {tokenizer}")
+        return None
     # In the order of the docstring.
     if named := tokenizer or recipe.paths.get("model.tokenizer"):
         return Path(named)
@@ -228,7 +233,7 @@ class Inputs:
 def read_inputs(plan: Plan) -> Inputs:
     """Reads the inputs of a run (step 2 of the module)."""
     tokenizer = None if plan.tokenizer is None else read_tokenizer_sizes(plan.tokenizer)
-    return Inputs(read_manifest_summary(plan.shards), tokenizer, read_pretrained(plan))
+    return Inputs(read_data_summary(plan.shards), tokenizer, read_pretrained(plan))
 
 
 def read_tokenizer_sizes(folder: Path) -> tuple[VQGANConfig, ImageSize]:
@@ -282,7 +287,7 @@ def adapt_to_few_images(recipe: Recipe, data: DataSummary) -> Recipe:
     if warmup := value_at(recipe.base, "model.optimizer.learning_rate.warmup_steps"):
         lower["model"] = {"optimizer": {"learning_rate": {"warmup_steps": min(warmup, limit // 5)}}}
     is_cropped = any(recipe.get(f"data.{key}") is not None for key in ("augmentations", "views"))
-    if source == "tokens" and limit * batch > _PASSES_OF_A_VIEW * images and not is_cropped:
+    if source == "tokens" and data.images is not None and limit * batch > _PASSES_OF_A_VIEW * images and not is_cropped:
         lower["data"] = _VIEWS
     return replace(recipe, base=merge([recipe.base, lower]))
 
@@ -299,6 +304,8 @@ def _values_of_data_and_tokenizer(plan: Plan, inputs: Inputs) -> dict[str, Any]:
     """Returns the values that data and tokenizer determine."""
     if inputs.data is None:
         return {}
+    if inputs.data.tokens is not None:
+        return _values_of_store(plan, inputs.data, *inputs.data.tokens)
     if inputs.tokenizer is None:
         return {"data": {"path": str(plan.shards)}}
     sizes, image_size = inputs.tokenizer
@@ -314,6 +321,18 @@ def _values_of_data_and_tokenizer(plan: Plan, inputs: Inputs) -> dict[str, Any]:
         "grid": list(sizes.grid(image_size)),
     }
     return {"data": data, "model": {"tokenizer": str(plan.tokenizer), "network": network}}
+
+
+def _values_of_store(plan: Plan, data: DataSummary, grid: tuple[int, ...], codebook_size: int) -> dict[str, Any]:
+    """Returns the values that a token store determines."""
+    if plan.recipe.get("data.source") != "tokens":
+        raise ValueError(
+            f"data {plan.shards} must be a data folder with images, got a token store, which only stage 2 reads, with "
+            "data.source: tokens"
+        )
+    network = {"codebook_size": codebook_size, "num_classes": data.num_classes, "grid": list(grid)}
+    paths = {"path": str(plan.shards), "token_store": str(plan.shards)}
+    return {"data": paths, "model": {"tokenizer": None, "network": network}}
 
 
 def _values_of_pretrained(plan: Plan, config: Mapping[str, Any]) -> dict[str, Any]:

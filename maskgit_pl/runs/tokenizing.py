@@ -66,7 +66,9 @@ def tokenize(
     options = options or TokenizeOptions()
     rank, world_size = launcher_rank()  # of torchrun or srun, whose processes share the work
     plan = plan_run(recipe, **folders)
-    assert plan.tokenizer is not None  # of stage 2
+    if plan.tokenizer is None:
+        log.info("data %s: a token store; nothing to do", plan.shards)
+        return None
     loaded = load_tokenizer(plan.tokenizer)
     is_auto = options.device == "auto"  # the processes of a machine take its accelerators in turn
     device = check_device(default_device(local_rank=local_rank()) if is_auto else options.device, name="--device")

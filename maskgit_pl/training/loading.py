@@ -130,6 +130,6 @@ class RunModule(LightningModule):
             raise FileNotFoundError(f"{file}: no such file, which has the configuration of the training; give config=")
         values = derive_values(cls.config_class, read_yaml(file))["model"]
         beside = run / "pretrained" / "tokenizer"  # the tokenizer moves with the run
-        if "tokenizer" in values and not Path(values["tokenizer"]).is_dir() and beside.is_dir():
+        if values.get("tokenizer") and not Path(values["tokenizer"]).is_dir() and beside.is_dir():
             values["tokenizer"] = str(beside)
         return build_dataclass(cls.config_class, values, f"{cls.__name__} of {file}: model")

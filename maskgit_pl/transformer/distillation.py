@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from maskgit_pl.checks import MAY_CHANGE, check_folder, check_number
+from maskgit_pl.checks import MAY_CHANGE, check_choice, check_folder, check_number
 from maskgit_pl.data.batches import Batch
 from maskgit_pl.decoding.config import DecodingConfig, set_specs
 from maskgit_pl.decoding.decoder import SeededNoise, draw_start
@@ -111,6 +111,8 @@ class DistillationConfig(MaskedTokenConfig):
                 "teacher must be a pretrained transformer folder, got none; name its model by --pretrained"
             )
         set_specs(self, distillation=distillations)
+        for name in ("corruption", "objective"):  # parts of a training that a distillation replaces
+            check_choice(f"model.{name}", getattr(self, name), (getattr(DistillationConfig, name),))
         if any(self.decoding.scales()):
             raise ValueError(
                 "decoding.guidance must have scale 0, since the student learns the guidance of its teacher, got "

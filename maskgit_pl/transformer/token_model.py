@@ -86,7 +86,7 @@ class TokenModelConfig:
     Args:
         network: Configuration of the backbone.
         optimizer: The optimizer and its learning rate.
-        tokenizer: Path of the pretrained tokenizer folder.
+        tokenizer: Path of the pretrained tokenizer folder; None for tokens of another tokenizer.
         label_smoothing: Label smoothing of the training loss, in [0, 1).
         loss_vocabulary: Columns of the softmax of the loss: ``codes``, or ``all`` rows of the token
             embedding. With token groups it is ``codes``: the softmax of each group.
@@ -100,7 +100,7 @@ class TokenModelConfig:
 
     network: Annotated[BackboneConfig, BeforeValidator(read_config_values)]
     optimizer: OptimizerConfig
-    tokenizer: str = field(metadata=MAY_CHANGE)  # a path; the content of the folder is compared instead
+    tokenizer: str | None = field(metadata=MAY_CHANGE)  # a path; the content of the folder is compared instead
     _: KW_ONLY
     label_smoothing: float = 0.1
     loss_vocabulary: LossVocabulary = "all"
@@ -111,7 +111,8 @@ class TokenModelConfig:
     compiled: Compiled = field(default="none", metadata=MAY_CHANGE)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "tokenizer", check_folder("tokenizer", self.tokenizer))  # a Path is no plain value
+        if self.tokenizer is not None:
+            object.__setattr__(self, "tokenizer", check_folder("tokenizer", self.tokenizer))  # a Path is no plain value
         check_number("label_smoothing", self.label_smoothing, "[0, 1)")
         check_number("ema_decay", self.ema_decay, "[0, 1)")
         check_number("flip_probability", self.flip_probability, "[0, 1]")
@@ -220,6 +221,8 @@ class TokenModel(RunModule):
     @property
     def tokenizer(self) -> PretrainedTokenizer:
         """The frozen tokenizer on this module's device. It is loaded at its first use and stays out of checkpoints."""
+        if self.config.tokenizer is None:
+            raise ValueError("model.tokenizer must be a pretrained folder for images and code vectors, got None")
         if self._tokenizer is None:
             self._tokenizer = load_tokenizer(self.config.tokenizer)
             check_tokenizer(self.config.network, self._tokenizer)
@@ -254,6 +257,12 @@ class TokenModel(RunModule):
             raise ValueError(
                 f"labels of the data must be in [0, {num_classes}), the classes of the model, got {int(wrong[0])}; "
                 "number the classes from 0, and build the model with num_classes of the data"
+            )
+        size, tokens = self.config.network.codebook_size, batch.content
+        if tokens.ndim == 2 and len(wrong := tokens[(tokens < 0) | (tokens >= size)]):
+            raise ValueError(
+                f"tokens of the data must be in [0, {size}), the codes of the model, got {int(wrong[0])}; build the "
+                "model with codebook_size of the tokenizer"
             )
 
     def _draws_of(self, batch: Batch, mask: Tensor) -> Draws:
@@ -492,14 +501,15 @@ class TokenModel(RunModule):
         """Writes a folder for ``MaskGIT.from_pretrained``. Call it on all ranks; rank 0 writes.
 
         Args:
-            folder: Output folder, for ``transformer`` with the averaged weights and ``tokenizer``, a copy.
+            folder: Output folder, for ``transformer`` with the averaged weights and a copy of ``tokenizer``, if any.
             class_names: Name of each class.
         """
         names = check_class_names("class_names", class_names, self.config.network.num_classes)
         # Under FSDP2 all ranks gather the weights, so this line must not depend on the rank.
         weights, tokenizer_folder = full_state(self.ema_network), Path(folder) / "tokenizer"
         if self.global_rank == 0:
-            copy_stage_folder(Path(self.config.tokenizer), tokenizer_folder)
+            if self.config.tokenizer is not None:
+                copy_stage_folder(Path(self.config.tokenizer), tokenizer_folder)
             save_transformer(
                 tokenizer_folder.with_name("transformer"),
                 self.config.network,
@@ -507,7 +517,7 @@ class TokenModel(RunModule):
                 mask_schedule=self.mask_schedule_spec,
                 decoding=self.decoding,
                 class_names=names,
-                tokenizer_fingerprint=self.tokenizer.fingerprint,
+                tokenizer_fingerprint=None if self.config.tokenizer is None else self.tokenizer.fingerprint,
                 corruption=self.decoding_corruption,
             )
 

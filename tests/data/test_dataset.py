@@ -128,6 +128,20 @@ class Recording(LightningModule):
         return torch.optim.SGD(self.parameters(), 0.1)
 
 
+@pytest.mark.parametrize("of", [torch.as_tensor, lambda row: np.array(row, np.uint16)])
+def test_without_an_image_size_items_are_tokens_of_any_grid(of) -> None:
+    grids = np.arange(6 * 12).reshape(6, 2, 2, 3)
+    tokens = Items(*((of(grid), number % 3) for number, grid in enumerate(grids)))
+    for batch in IndexedDataModule(IndexedDataset(tokens, image_size=None), global_batch=3).train_dataloader():
+        assert batch.content.dtype == torch.int64
+        assert torch.equal(batch.content, torch.from_numpy(grids).flatten(1)[batch.index])  # in raster order
+        assert torch.equal(batch.labels, batch.index % 3)
+    with pytest.raises(
+        TypeError, match=r"^sample 0: tokens must be integers, got float64; for images, give image_size"
+    ):
+        IndexedDataset(Items((np.zeros(12), 0)), image_size=None).__getitems__(range(1))
+
+
 def plain_trainer(folder: Path, steps: int, **options: object) -> Trainer:
     quiet = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing"), False)
     sizes = {"accelerator": "cpu", "max_steps": steps, "max_epochs": -1, "limit_val_batches": 0}
@@ -158,6 +172,7 @@ PAIRS = TensorDataset(torch.zeros(8, 1, 4, 4, dtype=torch.uint8), torch.zeros(8,
         (lambda: data(seed=-1), "seed must be an integer"),
         (lambda: IndexedDataset(Images(), image_size=0), "image_size must be an integer"),
         (lambda: IndexedDataset(Images(), image_size=4, in_channels=5), "in_channels must be one of 1 .*, got 5"),
+        (lambda: IndexedDataset(PAIRS, None, augmentations=["random_crop"]), r"augmentations must be None for tokens"),
         (lambda: IndexedDataModule(PAIRS), r"train .* got a TensorDataset; give IndexedDataset\("),
         (lambda: IndexedDataModule(IndexedDataset(PAIRS, 4), PAIRS), "validation must .* got a Tens"),
     ],

@@ -110,7 +110,7 @@ def overwrite(path: Path, row: int, value: int) -> None:
 
 FIELDS = {  # word in the message -> changed field; None removes it
     "must have format 3": {"format": [[]]},
-    "grid ": {"grid": [2, 3, 4]},
+    "grid ": {"grid": [2, "x"]},
     "codebook_size": {"codebook_size": None},
     "classes": {"classes": {"a": 1}},
     "data": {"data": None},

@@ -1,5 +1,6 @@
 """The contract of a backbone, for every registered name and its options; see ``networks.backbone``."""
 
+import math
 import re
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -14,6 +15,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from maskgit_pl.decoding import DecodingConfig
+from maskgit_pl.decoding.decoder import decode_classes
+from maskgit_pl.decoding.predictors import ConditionalModel
+from maskgit_pl.files import read_json
 from maskgit_pl.masking import true_positions
 from maskgit_pl.networks.backbone import (
     DEFAULT_BACKBONE,
@@ -27,6 +31,7 @@ from maskgit_pl.networks.base_transformer import TransformerSizes
 from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.pretrained.fine_tuning import weights_for
 from maskgit_pl.pretrained.networks import PretrainedTransformer, fingerprint, load_transformer, save_transformer
+from maskgit_pl.schedules import halton_order, mask_schedules
 from maskgit_pl.training.strategies import prepare_blocks, shard_blocks
 from tests.conftest import save_tiny_pretrained
 from tests.forked import run_ranks
@@ -310,6 +315,71 @@ def test_weights_follow_to_another_grid(trained, grid):
     assert nn.functional.cosine_similarity(large.flatten(1), resized.flatten(1)).min() > 0.5
 
 
+def pretrained(network: Backbone) -> PretrainedTransformer:
+    return PretrainedTransformer(network, None, DecodingConfig(num_steps=1), ("a", "b", "c"), "")
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ((12,), (30,)),
+        ((12,), (5,)),
+        ((3, 4), (2, 3, 4)),
+        ((4, 3, 4), (2, 9, 4)),
+        ((2, 3, 4), (5, 6, 8)),
+        ((2, 3, 4), (5, 6)),
+    ],
+)
+@pytest.mark.parametrize("name", NAMES)
+def test_positions_of_another_grid_are_resized_along_their_own_axes(name, old, new):
+    network = create(config := small_config(name, grid=[*old]))
+    (table,) = network.position_tables
+    # column a of the table is the coordinate along axis a of (t, h, w), from 0 to 1
+    axes = [torch.linspace(0, 1, size) if size > 1 else torch.zeros(1) for size in (*(1,) * (3 - len(old)), *old)]
+    network.state_dict()[table][-config.num_tokens :, :3] = torch.cartesian_prod(*axes)
+    other = replace(config, grid=new)
+    rows = weights_for(other, pretrained(network))[table][-other.num_tokens :, :3]
+    sizes = *(1,) * (3 - len(new)), *new
+    for axis, column in enumerate(rows.T):
+        lines = column.view(sizes).movedim(axis, 0).flatten(1)  # (size of the axis, others)
+        torch.testing.assert_close(lines, lines[:, :1].expand_as(lines))
+        if sizes[axis] > 1 and len(axes[axis]) > 1:
+            assert (lines.diff(dim=0) > 0.01).all()
+
+
+def test_positions_of_a_sequence_are_none_of_a_picture():
+    config = small_config("bert", grid=[3, 4])
+    message = (
+        r"^model\.network\.grid must have as many axes as that of the pretrained transformer, \[3, 4\], got \[12\]"
+    )
+    with pytest.raises(ValueError, match=message):
+        weights_for(replace(config, grid=(12,)), pretrained(create(config)))
+
+
+@pytest.mark.parametrize("grid", [(49,), (7, 7), (4, 7, 7)])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_network_of_one_to_three_axes_decodes_and_is_saved(name, grid, tmp_path):
+    network = create(config := small_config(name, grid=[*grid]))
+    logits = network(torch.full((1, config.num_tokens), config.mask_token_id), torch.tensor([0]))
+    assert logits.shape == (1, math.prod(grid), 16)
+    assert nn.functional.pdist(logits[0]).min() > 0.01  # equal tokens, but each place has a position of its own
+    assert read_json(save(tmp_path, network) / "transformer/config.json")["network"]["grid"] == [*grid]
+    loaded = load_transformer(tmp_path / "transformer").network
+    assert loaded.config == config
+    for selector in ("confidence", "halton"):
+        decoder = DecodingConfig(num_steps=4, token_selector=selector).build_decoder(mask_schedules.build("cosine"))
+        steps, others = (
+            list(decode_classes(ConditionalModel(each, "cpu"), [0, 2], [5, 6], decoder=decoder, scales=[1.0] * 4))
+            for each in (network, loaded)
+        )
+        assert torch.equal(steps[-1].tokens, others[-1].tokens)
+        assert steps[-1].tokens.shape == (2, config.num_tokens)
+        assert steps[-1].tokens.max() < 16
+        if selector == "halton":
+            kept = halton_order(grid)[: int((~steps[0].still_masked[0]).sum())]
+            assert set((~steps[0].still_masked[0]).nonzero()[:, 0].tolist()) == set(kept)
+
+
 def test_weights_follow_to_other_classes_and_to_class_dropout(trained):
     network, given = trained
     config = network.config
@@ -385,8 +455,7 @@ def test_a_network_that_defines_only_forward_has_all_methods():
 
 def test_a_plugin_without_tables_starts_from_given_weights():
     config = LinearConfig(16, 3, (3, 4))
-    given = PretrainedTransformer(create(config), None, DecodingConfig(num_steps=1), ("a", "b", "c"), "")
-    assert weights_for(config, given).keys() == {"table.weight", "own.weight"}
+    assert weights_for(config, pretrained(create(config))).keys() == {"table.weight", "own.weight"}
 
 
 @pytest.mark.parametrize(

@@ -148,7 +148,7 @@ def test_missing_and_damaged_files_are_refused_by_their_path(saved, kind):
         ("transformer", {"decoding": {"colour": "red"}}, "decoding: unknown key 'colour'"),
         ("transformer", {"mask_schedule": "cosin"}, "unknown mask schedule 'cosin': did you mean 'cosine'"),
         ("transformer", {"mask_schedule": None}, "mask_schedule must be .*, got None for bidirectional"),
-        ("transformer", {"tokenizer_fingerprint": 3}, "tokenizer_fingerprint must be a string, got 3"),
+        ("transformer", {"tokenizer_fingerprint": 3}, "tokenizer_fingerprint must be a string or null, got 3"),
         ("transformer", {"class_names": ["cat"]}, "class_names must be a list of 2 strings"),
     ],
 )

@@ -42,6 +42,18 @@ def test_a_run_a_checkpoint_and_the_pretrained_folder_are_loaded(run, stage):
 
 
 @pytest.mark.slow
+def test_an_autoregressive_model_is_loaded(run):
+    sizes = [flag for flag in tiny_flags("transformer") if "decoding" not in flag]
+    words = ["train", "transformer", "--recipe=autoregressive", f"--data={run.parent / 'shards'}", *sizes]
+    tokenizer = f"--tokenizer={run / 'pretrained' / 'tokenizer'}"
+    assert main([*words, "--trainer.precision=32-true", tokenizer, f"--runs-folder={run.parent}", "--run=causal"]) == 0
+    module = mg.AutoregressiveModel.load_from_checkpoint(run.parent / "causal")
+    exported = mg.AutoregressiveModel.load_from_checkpoint(run.parent / "causal" / "pretrained")
+    assert module.config.network.attention == "causal"
+    assert_close(exported.ema_network.state_dict(), module.ema_network.state_dict(), rtol=0, atol=0)
+
+
+@pytest.mark.slow
 def test_a_plain_trainer_goes_on_from_a_loaded_module(run):
     module = mg.MaskedTokenModel.load_from_checkpoint(run)
     data = ShardData(ShardDataConfig(

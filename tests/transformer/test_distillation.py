@@ -51,6 +51,18 @@ def batch_of(module: DistilledModel, step: int = 0) -> Batch:
     return module.eval()._with_draws(Batch(tokens, LABELS, INDEX, torch.zeros_like(INDEX), INDEX, INDEX >= 0))
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "default"),
+    [
+        ("objective", {"name": "masked_cross_entropy", "visible_weight": 1.0}, "masked_cross_entropy"),
+        ("corruption", {"name": "random_tokens", "most": 0.1}, "mask"),
+    ],
+)
+def test_a_part_of_the_training_that_a_distillation_replaces_is_refused(tiny_pretrained, key, value, default) -> None:
+    with pytest.raises(ValueError, match=rf"^model\.{key} must be one of {default}, got \{{'name': '{value['name']}'"):
+        student(tiny_pretrained, **{key: value})
+
+
 def test_the_teacher_answers_as_its_decoding_draws(tiny_pretrained) -> None:
     decoding = DecodingConfig(4, guidance={"name": "linear", "scale": 3.0}, sampling_temperature=(0.5, 1.5))
     module = student(tiny_pretrained, teacher_decoding=decoding)
