@@ -187,8 +187,8 @@ def outpaint(pipe: Pipeline, request: Request, image: ImageLike, added: Margins,
     tokens = added.pad(_encode_within(pipe.tokenizer, pixels, added), size=factor)
     # 2. (n, C, H, W): the filled canvases as pixels.
     filled = _fill(pipe, request, tokens, unknown)
-    # 3. The weight is 1 outside the image and 0 inside, with a blurred edge.
-    weight = seam(mask, radius=radius)
+    # 3. The weight is 1 outside the image, where there is nothing to blend with, and falls to 0 inside.
+    weight = seam(mask, radius=radius).masked_fill(mask, 1.0)
     original = added.pad(pixels, size=1)
     return torch.stack([composite(original, edited, weight) for edited in filled])
 

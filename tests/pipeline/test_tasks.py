@@ -222,6 +222,12 @@ def test_outpainting_keeps_the_image_bit_by_bit_with_a_hard_edge(pipe, sides, ro
     assert wide[:, 0, outside].float().std() > 0
 
 
+def test_a_blurred_seam_of_outpainting_blends_with_nothing_outside_of_the_image(pipe) -> None:
+    hard, soft = (pipe.outpaint(picture(), right=6, classes=[1], blend=blend, output_type="pt") for blend in (0, 2))
+    assert torch.equal(hard[..., 8:], soft[..., 8:])
+    assert not torch.equal(hard[..., :8], soft[..., :8])
+
+
 def test_half_of_an_image_is_completed_as_in_table_2(pipe) -> None:
     half = picture()[..., :4]
     whole, steps = recorded(pipe.outpaint, half, right=4, classes=[1], blend=0)
