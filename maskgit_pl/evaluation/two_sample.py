@@ -66,7 +66,7 @@ def _pair(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @lru_cache(maxsize=1)  # a search or an evaluation compares several sets of images with the same real grids
-def _finds_replaced_tokens(real: Tensor, labels: Tensor, codes: Tensor, count: int) -> bool:
+def _finds_replaced_tokens(real: Tensor, labels: Tensor, codes: Tensor | None, count: int) -> bool:
     """Returns True if the network tells ``count`` real grids from the same ones with a planted fault.
 
     The fault: each token is, with probability 0.2, that of another grid at the same place. The cache
@@ -86,16 +86,21 @@ def replace_tokens(grids: Tensor, share: float, *, seed: int = 0) -> Tensor:
 class _Judge(nn.Module):
     """A small convolutional network that tells two kinds of token grids, of one to three axes, apart by their class.
 
-    It sees (K, D) float code vectors: with vectors of its own, it would have to learn which codes look alike.
+    It sees (K, D) float code vectors: with vectors of its own, which it has where ``codes`` is None, it has to learn which
+    codes look alike.
     """
 
-    codes: Tensor
-
-    def __init__(self, codes: Tensor, num_classes: int, axes: int) -> None:
+    def __init__(self, codes: Tensor | None, num_codes: int, num_classes: int, axes: int) -> None:
         super().__init__()
         convolution = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[axes - 1]
-        self.register_buffer("codes", (codes - codes.mean(0)) / codes.std().clamp(min=1e-6))
-        self.code = nn.Linear(codes.shape[1], _WIDTH)
+        self.code: nn.Module
+        if codes is None:
+            self.code = nn.Embedding(num_codes, _WIDTH)
+        else:
+            vectors = nn.Embedding(
+                len(codes), codes.shape[1], _weight=(codes - codes.mean(0)) / codes.std().clamp(min=1e-6)
+            )
+            self.code = nn.Sequential(vectors.requires_grad_(False), nn.Linear(codes.shape[1], _WIDTH))
         self.label = nn.Embedding(num_classes, _WIDTH)
         nn.init.zeros_(self.label.weight)  # a class that only tested grids have adds no noise
         self.convolutions = nn.ModuleList(convolution(_WIDTH, _WIDTH, 3, padding=1) for _ in range(3))
@@ -103,7 +108,7 @@ class _Judge(nn.Module):
 
     def forward(self, tokens: Tensor, labels: Tensor) -> Tensor:
         """Returns (B,) float logits of "real" for (B, *grid) int64 tokens and (B,) int64 classes."""
-        hidden = self.code(F.embedding(tokens, self.codes)).movedim(-1, 1)  # (B, W, *grid)
+        hidden = self.code(tokens).movedim(-1, 1)  # (B, W, *grid)
         hidden = F.relu(hidden + self.label(labels).reshape(len(labels), -1, *[1] * (tokens.ndim - 1)))
         first, second, last = self.convolutions
         hidden = F.relu(first(hidden))
@@ -112,7 +117,9 @@ class _Judge(nn.Module):
         return self.head(torch.cat([hidden.mean(2), hidden.amax(2)], 1)).squeeze(1)  # type: ignore[no-any-return]
 
 
-def _tell_apart(real: Tensor, sampled: Tensor, labels: Tensor, codes: Tensor, *, seed: int) -> tuple[float, float]:
+def _tell_apart(
+    real: Tensor, sampled: Tensor, labels: Tensor, codes: Tensor | None, *, seed: int
+) -> tuple[float, float]:
     """Returns accuracy and area under the ROC curve of a network for pairs of (n, *grid) grids with (n,) classes.
 
     It is trained on three quarters of the pairs, and tested on the quarter ``seed``, in [0, 4).
@@ -123,7 +130,7 @@ def _tell_apart(real: Tensor, sampled: Tensor, labels: Tensor, codes: Tensor, *,
     is_real = (torch.arange(count) < count // 2).float()
     with use_threads(1), torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.manual_seed(seed)
-        judge = _Judge(codes, int(labels.max()) + 1, real.ndim - 1)
+        judge = _Judge(codes, int(tokens.max()) + 1, int(labels.max()) + 1, real.ndim - 1)
         optimizer = torch.optim.AdamW(judge.parameters(), _RATE, weight_decay=_WEIGHT_DECAY)
         batches = [rows for _ in range(_EPOCHS) for rows in torch.split(torch.randperm(count), _BATCH)]
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _RATE, total_steps=len(batches))
