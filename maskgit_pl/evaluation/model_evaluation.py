@@ -175,7 +175,7 @@ def _describe_protocol(model: EvaluatedModel, evaluator: Evaluator, decoding: De
         "num_steps": decoding.num_steps,
         "data": evaluator.data.summary.fingerprint,
         "split": "val",
-        "reference": ", ".join(dict.fromkeys(each.file or f"{each.split} split" for each in references)),
+        "reference": ", ".join(dict.fromkeys(each.file or f"{each.split} split" for each in references)) or "val split",
         "mask_schedule": repr(model.pipe.transformer.mask_schedule),
         "decoding": asdict(decoding),
         **({} if negative is None else {"negative_model": {"folder": str(negative.folder), "digest": negative.digest}}),

@@ -86,8 +86,8 @@ def replace_tokens(grids: Tensor, share: float, *, seed: int = 0) -> Tensor:
 class _Judge(nn.Module):
     """A small convolutional network that tells two kinds of token grids, of one to three axes, apart by their class.
 
-    It sees (K, D) float code vectors: with vectors of its own, which it has where ``codes`` is None, it has to learn which
-    codes look alike.
+    It sees (K, D) float code vectors: with vectors of its own, if these are unknown, it has to learn which codes look
+    alike.
     """
 
     def __init__(self, codes: Tensor | None, num_codes: int, num_classes: int, axes: int) -> None:
@@ -97,10 +97,9 @@ class _Judge(nn.Module):
         if codes is None:
             self.code = nn.Embedding(num_codes, _WIDTH)
         else:
-            vectors = nn.Embedding(
-                len(codes), codes.shape[1], _weight=(codes - codes.mean(0)) / codes.std().clamp(min=1e-6)
-            )
-            self.code = nn.Sequential(vectors.requires_grad_(False), nn.Linear(codes.shape[1], _WIDTH))
+            vectors = (codes - codes.mean(0)) / codes.std().clamp(min=1e-6)
+            known = nn.Embedding(len(codes), codes.shape[1], _weight=vectors, _freeze=True)
+            self.code = nn.Sequential(known, nn.Linear(codes.shape[1], _WIDTH))
         self.label = nn.Embedding(num_classes, _WIDTH)
         nn.init.zeros_(self.label.weight)  # a class that only tested grids have adds no noise
         self.convolutions = nn.ModuleList(convolution(_WIDTH, _WIDTH, 3, padding=1) for _ in range(3))
