@@ -210,8 +210,8 @@ def open_models(
 
 def open_data(folders: RunFolders, pipe: MaskGIT, *, num_workers: int = 0) -> ShardData:
     """Opens the real images, or tokens of another tokenizer, that a model is compared with; see ``check_data``."""
-    network = pipe.transformer.network.config
     if pipe.transformer.tokenizer_fingerprint is None:
+        network = pipe.transformer.network.config
         data = open_tokens(folders.data, num_workers=num_workers)
         data.require_tokenizer(None, grid=network.grid, codebook_size=network.codebook_size)
         check_data(pipe, data)

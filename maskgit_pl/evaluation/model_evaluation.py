@@ -132,19 +132,15 @@ def _measure(
 ) -> dict[str, Any]:
     available = evaluator.data.summary.samples["val"]
     count = min(options.reconstruction_images or available, available)
-    rebuilt = (
-        {}
-        if model.tokenizer is None
-        else measure_reconstruction(
+    rebuilt: dict[str, Any] = {}
+    if model.tokenizer is not None:
+        rebuilt = measure_reconstruction(
             model.tokenizer,
             iter_real_batches(evaluator.data, "val", num_images=count),
-            networks=()
-            if options.reference is not None
-            else evaluator.networks.values(),  # a file is not the val split
+            networks=() if options.reference is not None else evaluator.networks.values(),  # a file is not the split
             lpips=open_lpips(options.lpips, model.tokenizer),
             on_images=evaluator.bars("reconstructing", count),
         )
-    )
     decodings = {"exported_guidance": decoding}
     if any(decoding.scales()):
         decodings["without_guidance"] = model.pipe.decoding_with(decoding=decoding, guidance_scale=0)
@@ -219,9 +215,8 @@ class Report:
         # One column per kind of samples, and a last one for real images.
         columns = [*samples.values(), self.content["real_against_real"]]
         things = "images" if protocol["features"] else "samples"
-        table = Table(
-            title=f"{protocol['num_images']} {things}, {protocol['num_steps']} steps, seed {protocol['seed']}"
-        )
+        steps, seed = protocol["num_steps"], protocol["seed"]
+        table = Table(title=f"{protocol['num_images']} {things}, {steps} steps, seed {seed}")
         table.add_column("")
         for name in (*(name.replace("_", " ") for name in samples), f"real {things}"):
             table.add_column(name, justify="right")

@@ -129,7 +129,7 @@ def _tell_apart(
     is_real = (torch.arange(count) < count // 2).float()
     with use_threads(1), torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.manual_seed(seed)
-        judge = _Judge(codes, int(tokens.max()) + 1, int(labels.max()) + 1, real.ndim - 1)
+        judge = _Judge(codes, int(max(real.max(), sampled.max())) + 1, int(labels.max()) + 1, real.ndim - 1)
         optimizer = torch.optim.AdamW(judge.parameters(), _RATE, weight_decay=_WEIGHT_DECAY)
         batches = [rows for _ in range(_EPOCHS) for rows in torch.split(torch.randperm(count), _BATCH)]
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _RATE, total_steps=len(batches))
