@@ -49,7 +49,7 @@ class NewRunFlags:
         recipe: Recipe, or the path of its file; of several in quotes, later ones override earlier ones:
             --recipe 'paper-256 log'.
         dataset: Name of the data set.
-        data: Data folder (default: data/shards/DATASET).
+        data: Data folder, or a token store (default: data/shards/DATASET).
         cluster: Machines: a file of recipes/cluster.
         run: Name of the run (default: DATASET-RECIPE).
         runs_folder: Folder of all runs.

@@ -60,6 +60,13 @@ def test_a_run_is_exported_without_a_tokenizer_and_loaded(folder, tmp_path):
     assert "2 x 3 x 2 tokens of 300 codes" in repr(pipe)
 
 
+def test_an_export_goes_to_the_hub_and_comes_back(folder, monkeypatch):
+    exported = str(folder / "runs" / "run" / "pretrained")
+    assert main(["push", exported, "me/clips", "--license=mit", "--dry-run"]) == 0
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: exported)
+    assert MaskGIT.from_pretrained("me/clips").class_names == ("0", "1", "2")
+
+
 def test_sample_writes_tokens_and_keeps_known_ones(folder, tmp_path):
     known = np.full((5, *GRID), -1)
     known[:, 0] = np.arange(5 * 6).reshape(5, 3, 2)
