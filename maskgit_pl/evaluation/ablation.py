@@ -33,7 +33,6 @@ from maskgit_pl.evaluation.folders import (
     open_data,
     open_evaluator,
     open_model,
-    open_tokens,
     remove_untrained,
 )
 from maskgit_pl.evaluation.ledger import FILE_NAME, Ledger, Row, digest_of
@@ -137,9 +136,9 @@ class AblationRuns:
 
     def open_images(self, num_workers: int) -> ShardData:
         """Opens the real images, or tokens of another tokenizer, which are the same for all variants."""
-        if is_store(self.shards):
-            return open_tokens(self.shards, num_workers=num_workers)
         data = self._values.data
+        if is_store(self.shards):
+            return ShardData(replace(data, num_workers=num_workers))
         return open_images(self.shards, data.image_size, data.in_channels, num_workers=num_workers)
 
     def folders(self, run: Path) -> RunFolders:
@@ -247,10 +246,7 @@ class _Ablation:
         if images.summary.tokens is not None:
             refuse_options_of_images(options)
             if config.num_steps:
-                raise ValueError(
-                    "num_steps must be left out for tokens of another tokenizer, since T is chosen by FID, got "
-                    f"{list(config.num_steps)}; vary decoding.num_steps"
-                )
+                raise ValueError(f"num_steps must be left out for tokens, which have no FID, got {config.num_steps}")
         self.num_images = round_to_classes(options.num_images, images.num_classes)
         self.evaluator = open_evaluator(
             self.runs.folders(config.runs_folder),

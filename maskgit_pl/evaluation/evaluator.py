@@ -323,17 +323,14 @@ class Evaluator:
         self, model: EvaluatedModel, decoding: DecodingConfig, *, num_samples: int, seed: int, title: str
     ) -> LabelledImages:
         labels = torch.arange(num_samples) * self.data.num_classes // num_samples  # as those of ``generate_many``
-        bar, batches, start = self.bars(title, num_samples), [], time.perf_counter()
+        bar, batches = self.bars(title, num_samples), []
         for rows in iter_row_batches(num_samples, batch_size=self.batch_size):
             index = torch.arange(rows.start, rows.stop)
             tokens = model.pipe.generate_tokens(labels[index].tolist(), seed=seed + rows.start, decoding=decoding)
             batches.append({"index": index, "tokens": tokens.flatten(1)})
             bar(len(index))
-        seconds = time.perf_counter() - start
-        count = sum(len(batch["index"]) for batch in batches)
         tokens = gather_rows(batches)["tokens"]
-        remarks = {"seconds_per_image": seconds / count if count else None}
-        return replace(_in_memory(tokens, labels), remarks=remarks, tokens=tokens)
+        return replace(_in_memory(tokens, labels), tokens=tokens)
 
     def measure_real(
         self,
@@ -482,7 +479,7 @@ class Evaluator:
         ``tokenizer`` is that of the tokens of the images; None if they have none.
         """
         if not self.networks:
-            return {"tokens": self._measure_tokens(kind, columns, make, amount)}
+            return {"tokens": self._measure_tokens(kind, columns, make)}
         images: LabelledImages | None = None
         rows: dict[str, Row] = {}
         first = CLASSIFIER if CLASSIFIER in self.networks else next(iter(self.networks))
@@ -517,16 +514,10 @@ class Evaluator:
             rows[label] = row
         return rows
 
-    def _measure_tokens(
-        self, kind: str, columns: Mapping[str, Any], make: Callable[[], LabelledImages], amount: Metrics
-    ) -> Row:
+    def _measure_tokens(self, kind: str, columns: Mapping[str, Any], make: Callable[[], LabelledImages]) -> Row:
         """Returns the row of the metrics that read nothing but tokens and classes."""
-        chosen = {
-            name: metric
-            for name, metric in computed_metrics().items()
-            if "tokens" in metric.needs and {*metric.needs} <= {"tokens", "labels"}
-            if metric.is_fast or amount == "all"
-        }
+        known, most = computed_metrics(), {"tokens", "labels"}
+        chosen = {name: metric for name, metric in known.items() if {"tokens"} <= {*metric.needs} <= most}
         row = self._find(kind, columns, chosen)
         if row is None:
             made = make()
@@ -534,7 +525,7 @@ class Evaluator:
             nothing = ImageFeatures("tokens", torch.zeros(len(made.labels), 0))
             grids = self._real_grids(None).with_sampled(made.tokens)
             compared = ComparedImages(nothing, Reference.from_features(nothing), made.labels, tokens=grids)
-            row = self._add(kind, {**columns, **made.remarks, **compute_metrics(chosen, compared)})
+            row = self._add(kind, {**columns, **compute_metrics(chosen, compared)})
         return row
 
     @lru_cache(maxsize=1)  # noqa: B019  # see ``read_real_images``

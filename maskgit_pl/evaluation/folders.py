@@ -211,8 +211,8 @@ def open_models(
 def open_data(folders: RunFolders, pipe: MaskGIT, *, num_workers: int = 0) -> ShardData:
     """Opens the real images, or tokens of another tokenizer, that a model is compared with; see ``check_data``."""
     if pipe.transformer.tokenizer_fingerprint is None:
-        network = pipe.transformer.network.config
-        data = open_tokens(folders.data, num_workers=num_workers)
+        network, store = pipe.transformer.network.config, str(folders.data)
+        data = ShardData(ShardDataConfig(store, "tokens", store, num_workers=num_workers))
         data.require_tokenizer(None, grid=network.grid, codebook_size=network.codebook_size)
         check_data(pipe, data)
         return data
@@ -220,13 +220,6 @@ def open_data(folders: RunFolders, pipe: MaskGIT, *, num_workers: int = 0) -> Sh
     data = open_images(folders.data, pipe.tokenizer.image_size, channels, num_workers=num_workers)
     check_data(pipe, data)
     data.warn_if_enlarged()
-    return data
-
-
-def open_tokens(store: Path, *, num_workers: int = 0) -> ShardData:
-    """Opens a token store that stands for its data."""
-    data = ShardData(ShardDataConfig(str(store), "tokens", str(store), num_workers=num_workers))
-    data.setup()
     return data
 
 

@@ -103,9 +103,6 @@ def evaluate(run: Path | str, options: EvaluationOptions | None = None, *, bars:
 
         images: dict[str, Any] = {"num_images": num_images, "seed": options.seed}
         measured = _measure(model, evaluator, decoding, images, options)  # 2.
-        generated = None
-        if model.tokenizer is not None:  # the file of the measured images still exists
-            generated = evaluator.generate(model, decoding, title=f"{model.run}: pictures", **images)
         # 3.
         content = {
             "protocol": {**images, **_describe_protocol(model, evaluator, decoding)},
@@ -115,9 +112,11 @@ def evaluate(run: Path | str, options: EvaluationOptions | None = None, *, bars:
             "held_out": describe_held_out(real.summary),
         }
         report = Report({**content, "limiting_stage": describe_limit(content, quote(str(run)))}, file)
-        if rank == 0 and generated is not None:
-            originals = evaluator.read_real_images("val", _SHOWN_PAIRS)[0]
-            _write_pictures(model, decoding, generated, originals, file.parent, options.seed)
+        if model.tokenizer is not None:  # the file of the measured images still exists
+            generated = evaluator.generate(model, decoding, title=f"{model.run}: pictures", **images)
+            if rank == 0:
+                originals = evaluator.read_real_images("val", _SHOWN_PAIRS)[0]
+                _write_pictures(model, decoding, generated, originals, file.parent, options.seed)
         if rank == 0:
             write_text(file, json.dumps(report.content, indent=2) + "\n")
     return report

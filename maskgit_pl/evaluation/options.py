@@ -166,9 +166,7 @@ def refuse_options_of_images(options: EvaluationOptions | ReportOptions) -> None
     for name in ("features", "reference", "reconstruction_images", "lpips"):
         value, default = (getattr(owner, name, None) for owner in (options, type(options)))
         if value != default:
-            raise ValueError(
-                f"{name} must be left out for tokens of another tokenizer, which have no images, got {value}"
-            )
+            raise ValueError(f"{name} must be left out for tokens of another tokenizer, got {value}")
 
 
 @dataclass(frozen=True)
