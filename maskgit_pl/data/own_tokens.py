@@ -38,7 +38,7 @@ def write_own_tokens(
 
     Args:
         source: A ``.npy`` file, or a folder of them in the order of their names: (S, N) or (S, *grid) integers in
-            [0, K).
+            [0, K). Its folders ``train`` and ``val``, if it has both, set the splits; labels are in this order.
         out: Folder of the store.
         grid: Sides of the token grid: (N,), (h, w) or (t, h, w).
         codebook_size: K, at least 1.
@@ -54,24 +54,31 @@ def write_own_tokens(
     check_number("val_fraction", val_fraction, "(0, 0.5]")
     source, out, grid = Path(source), Path(out), tuple(grid)
     paths = sorted(source.glob("*.npy")) if source.is_dir() else [source]
+    of_train, of_val = (sorted((source / split).glob("*.npy")) for split in ("train", "val"))
+    if is_split := bool(of_train and of_val):
+        paths = of_train + of_val
     if not paths:
         raise FileNotFoundError(f"{source}: no .npy files in this folder; write arrays of tokens to it with numpy.save")
     arrays = [_map_tokens(path, grid, codebook_size) for path in paths]
     count = sum(map(len, arrays))
-    if count < 2:
+    order = np.arange(count)
+    if is_split:
+        num_train = sum(map(len, arrays[: len(of_train)]))
+    else:
+        # Neighbours are often alike, so a rule such as every tenth could choose one kind only.
+        random = random_bits("own-tokens/split", seed=0, index=torch.arange(count))[:, 0]
+        order, num_train = random.argsort(stable=True).numpy()[::-1], count - max(1, int(count * val_fraction))
+    chosen = {"train": np.sort(order[:num_train]), "val": np.sort(order[num_train:])}
+    if not all(map(len, chosen.values())):
         raise ValueError(f"{source} must hold at least 2 samples, for train and val, got {count}")
     numbers = np.zeros(count, np.int64) if labels is None else _read_labels(Path(labels), count)
     hashes = "".join(sha256_of(path) for path in paths) + hashlib.sha256(numbers.tobytes()).hexdigest()
-    # Neighbours are often alike, so a rule such as every tenth could choose one kind only.
-    order = random_bits("own-tokens/split", seed=0, index=torch.arange(count))[:, 0].argsort(stable=True).numpy()
-    num_val = max(1, int(count * val_fraction))
-    chosen = {"train": np.sort(order[num_val:]), "val": np.sort(order[:num_val])}
     description = StoreDescription(
         grid=grid,
         codebook_size=codebook_size,
         image_size=None,
         tokenizer=None,
-        data=hashlib.sha256(f"{hashes} {val_fraction}".encode()).hexdigest(),
+        data=hashlib.sha256(f"{hashes} {len(of_train) if is_split else val_fraction}".encode()).hexdigest(),
         classes=tuple(map(str, range(int(numbers.max()) + 1))),
         samples={cast("Split", split): len(rows) for split, rows in chosen.items()},
     )

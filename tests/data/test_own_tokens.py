@@ -58,6 +58,19 @@ def test_a_truncated_array_is_refused(tmp_path):
         write_own_tokens(tmp_path / "tokens.npy", tmp_path / "out", grid=(16,), codebook_size=640)
 
 
+def test_folders_train_and_val_set_the_splits(tmp_path):
+    for name, rows in {"train/a": TOKENS[3:30], "train/b": TOKENS[30:], "val/a": TOKENS[:3]}.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        np.save(tmp_path / f"{name}.npy", rows)
+    np.save(tmp_path / "labels.npy", np.arange(40))
+    write_own_tokens(tmp_path, tmp_path / "out", grid=(4, 2, 2), codebook_size=640, labels=tmp_path / "labels.npy")
+    stores = open_store(tmp_path / "out")
+    for split, rows, first in (("train", TOKENS[3:], 0), ("val", TOKENS[:3], 37)):
+        tokens, labels = stores[split].read(np.arange(len(rows)))
+        assert (tokens == rows.reshape(-1, 16)).all()
+        assert (labels == np.arange(first, first + len(rows))).all()
+
+
 def test_the_val_split_has_samples_of_every_kind(tmp_path):
     kinds = np.arange(400) % 4  # every fourth sample is of one kind, as if each image had four clips
     np.save(tmp_path / "tokens.npy", np.repeat(kinds[:, None], 4, axis=1))
