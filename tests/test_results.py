@@ -56,7 +56,8 @@ def make_page(name: str) -> Page:
         marks = {row["run"]: {column: row[column] for column in SETTINGS} for row in costs}
         samples = [{**row, **marks.get(row["run"], {})} for row in of_table_1("samples", num_images=1000)]
         other_steps = [row for row in samples if row.get("purpose") == OTHER_STEPS]
-        return make_generation_page([row for row in samples if row not in other_steps], [], costs, other_steps)
+        scores = [{**row, **marks.get(row["run"], {})} for row in of_table_1("cas")]
+        return make_generation_page([row for row in samples if row not in other_steps], scores, costs, other_steps)
     if name == "table-2":
         return make_editing_page(rows("editing"))
     if name == "table-3":

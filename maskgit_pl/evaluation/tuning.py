@@ -415,7 +415,8 @@ def _choose_finalists(trials: Sequence[Trial], metric: str, current: DecodingCon
 def make_page(result: TuningResult, real: Row) -> Page:
     """Returns the page of a search; ``real`` is the row of as many real training images."""
     count, best = result.num_images, _rank(result.trials, result.metric)[:_SHOWN_TRIALS]
-    floor = [f"{title(name)} {metric_cell(real, name)}" for name in ("fid", "kid")]
+    known = dict.fromkeys(("fid", "kid", result.metric.partition("/")[0]))
+    floor = [f"{title(name)} {metric_cell(real, name)}" for name in known if real.get(name) is not None]
     lines = heading("Search for a decoding")
     lines += paragraph(
         f"{len(result.trials)} trials of {count} images were compared by {result.metric} ({direction(result.metric)}),",
