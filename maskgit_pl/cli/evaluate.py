@@ -73,7 +73,8 @@ def evaluate(folder: Run, *, measurement: EvaluationFlags = EvaluationFlags()) -
             refresh_card(local_folder(folder))
         rich.print(report.table())
         print(*report.findings(), sep="\n")
-        print(f"{report.file}: results; beside it samples.png, reconstructions.png and decoding.gif")
+        pictures = "; beside it samples.png, reconstructions.png and decoding.gif"
+        print(f"{report.file}: results{pictures if report.content['protocol']['features'] else ''}")
 
 
 def evaluate_tokenizer(

@@ -165,8 +165,8 @@ class ShardData(StepDataModule):
         if self.enlarging is not None and rank_and_world()[0] == 0:
             log.warning("data %s: %s", self.config.path, self.enlarging)
 
-    def require_tokenizer(self, fingerprint: str, *, grid: tuple[int, int], codebook_size: int) -> None:
-        """Checks that a tokenizer of this fingerprint, grid and codebook made the token store, if tokens are read."""
+    def require_tokenizer(self, fingerprint: str | None, *, grid: tuple[int, ...], codebook_size: int) -> None:
+        """Checks that a tokenizer of this fingerprint (None: any), grid and codebook made the token store."""
         if self._tokens is not None:
             origin = {"tokenizer": fingerprint, "grid": grid, "codebook_size": codebook_size}
             check_origin(self._tokens["train"].description, self.config.token_store, **origin)

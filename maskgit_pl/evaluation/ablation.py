@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from maskgit_pl.data import ShardData
-from maskgit_pl.data.manifest import read_manifest_summary
+from maskgit_pl.data.manifest import is_store
+from maskgit_pl.data.token_store import read_data_summary
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.devices import describe_environment, device_name, find_device
 from maskgit_pl.errors import PreemptedError, describe_error, exit_code_of
@@ -39,6 +40,7 @@ from maskgit_pl.evaluation.options import (
     ReportOptions,
     TokenizerOptions,
     describe_decoding,
+    refuse_options_of_images,
     round_to_classes,
     with_steps,
 )
@@ -120,7 +122,7 @@ class AblationRuns:
                                  overrides=config.stage_2)  # fmt: skip
             self.stage_2 = in_float32(recipe)
         shared = {
-            "data": read_manifest_summary(self.shards).fingerprint,
+            "data": read_data_summary(self.shards).fingerprint,
             "tokenizer": self.tokenizer and fingerprint(self.tokenizer),
             "stage_2": self.stage_2 and self.stage_2.tree,
         }
@@ -133,8 +135,10 @@ class AblationRuns:
         self.base = base_values(config, self._values.tree)
 
     def open_images(self, num_workers: int) -> ShardData:
-        """Opens the real images, which are the same for all variants."""
+        """Opens the real images, or tokens of another tokenizer, which are the same for all variants."""
         data = self._values.data
+        if is_store(self.shards):
+            return ShardData(replace(data, num_workers=num_workers))
         return open_images(self.shards, data.image_size, data.in_channels, num_workers=num_workers)
 
     def folders(self, run: Path) -> RunFolders:
@@ -239,6 +243,10 @@ class _Ablation:
         self.runs = AblationRuns(config, data) if config.of is None else TrainedRun(config, data)
         self.has_images = config.stage == "transformer" or config.stage_2 is not None
         images = self.runs.open_images(options.num_workers)
+        if images.summary.tokens is not None:
+            refuse_options_of_images(options)
+            if config.num_steps:
+                raise ValueError(f"num_steps must be left out for tokens, which have no FID, got {config.num_steps}")
         self.num_images = round_to_classes(options.num_images, images.num_classes)
         self.evaluator = open_evaluator(
             self.runs.folders(config.runs_folder),
@@ -256,9 +264,12 @@ class _Ablation:
     def _describe(self) -> dict[str, Any]:
         """Returns the column ``protocol`` of the rows: everything that the variants share, in plain values."""
         config, base = self.config, self.runs.variants[0]
-        first, network = next(iter(self.evaluator.networks.items()))
-        count = network.columns["real_images"]
-        of = network.reference.file or f"the {network.reference.split} split"
+        first, network = next(iter(self.evaluator.networks.items()), ("", None))
+        compared = "samples of the val split"
+        if network is not None:
+            count = network.columns["real_images"]
+            of = network.reference.file or f"the {network.reference.split} split"
+            compared = f"{count} real images of {of}" if count else f"the statistics of {of}"
         facts = [(name, fact) for name, fact in describe_environment().items() if fact]
         return {
             "dataset": self.evaluator.dataset,
@@ -270,7 +281,7 @@ class _Ablation:
             "seeds": list(config.seeds),
             "num_images": self.num_images,
             "first": first,
-            "compared": f"{count} real images of {of}" if count else f"the statistics of {of}",
+            "compared": compared,
             "decoding": "" if base.decoding is None else describe_decoding(base.decoding),
             "machine": ", ".join([device_name(self.evaluator.device), *(f"{name} {fact}" for name, fact in facts)]),
         }

@@ -28,7 +28,14 @@ from maskgit_pl.devices import describe_environment, device_name
 from maskgit_pl.distributed import barrier, rank_and_world
 from maskgit_pl.evaluation.classifier import LabelledImages, classification_accuracy
 from maskgit_pl.evaluation.distances import class_agreement
-from maskgit_pl.evaluation.extractors import Extractor, extract, iter_image_batches
+from maskgit_pl.evaluation.extractors import (
+    Extractor,
+    ImageFeatures,
+    extract,
+    gather_rows,
+    iter_image_batches,
+    iter_row_batches,
+)
 from maskgit_pl.evaluation.ledger import REAL, Ledger, Row, digest_of, shorten_digest
 from maskgit_pl.evaluation.likelihood import (
     encode_real_grids,
@@ -84,27 +91,32 @@ class EvaluatedModel:
         """The kind of the model in tables: "MaskGIT" or "autoregressive"."""
         return "MaskGIT" if self.pipe.transformer.mask_schedule is not None else "autoregressive"
 
+    @property
+    def tokenizer(self) -> PretrainedTokenizer | None:
+        """The tokenizer; None for a model of tokens of another tokenizer."""
+        return None if self.pipe.transformer.tokenizer_fingerprint is None else self.pipe.tokenizer
+
     @cached_property
     def identity(self) -> dict[str, Any]:
         """The ledger columns that identify the model, with digests of all that determines its images."""
-        tokenizer, transformer = self.pipe.tokenizer, self.pipe.transformer
+        tokenizer, transformer = self.tokenizer, self.pipe.transformer
         mask_schedule = transformer.mask_schedule
         # The same weights can be read with another configuration, e.g. another mask schedule, and give other images.
         config = {
-            "tokenizer": asdict(tokenizer.network.config),
-            "image_size": tokenizer.image_size,
+            "tokenizer": None if tokenizer is None else asdict(tokenizer.network.config),
+            "image_size": None if tokenizer is None else tokenizer.image_size,
             "transformer": asdict(transformer.network.config),
             "mask_schedule": repr(mask_schedule),
             "class_names": list(transformer.class_names),
             "dtype": str(next(transformer.network.parameters()).dtype),
         }
-        networks: tuple[nn.Module, ...] = (tokenizer.network, transformer.network)
+        networks: list[nn.Module] = [*([] if tokenizer is None else [tokenizer.network]), transformer.network]
         return {
             "model": self.kind,
             "run": self.run,
             "mask_schedule": "" if mask_schedule is None else repr(mask_schedule),
             "parameters": sum(parameter.numel() for network in networks for parameter in network.parameters()),
-            "tokenizer": shorten_digest(tokenizer.fingerprint),
+            "tokenizer": None if tokenizer is None else shorten_digest(tokenizer.fingerprint),
             "transformer": shorten_digest(fingerprint(self.pretrained / "transformer")),
             "config": shorten_digest(digest_of(config)),
         }
@@ -214,7 +226,7 @@ class Evaluator:
     Args:
         data: The real images.
         dataset: Name of the data, for tables.
-        networks: Feature networks by label.
+        networks: Feature networks by label; none for tokens of another tokenizer.
         ledger: Ledger of the measurements.
         bars: Progress bars.
         batch_size: Images per batch of generation; it does not change results.
@@ -267,7 +279,7 @@ class Evaluator:
 
         columns = self._columns(model, num_images, seed, decoding)
         columns |= {} if purpose is None else {"purpose": purpose}
-        rows = self._measure("samples", columns, generate, networks, metrics, model.pipe.tokenizer)
+        rows = self._measure("samples", columns, generate, networks, metrics, model.tokenizer)
         if is_new and not keep:
             delete_generated(model.samples_file(decoding, num_images=num_images, seed=seed))
         return rows
@@ -283,6 +295,8 @@ class Evaluator:
             The images, sorted by class. The remark ``seconds_per_image``, for tokens and pixels, is that of this rank,
             and None if the images already existed.
         """
+        if model.tokenizer is None:
+            return self._generate_tokens(model, decoding, num_samples=num_images, seed=seed, title=title)
         rank, world_size = rank_and_world()
         file = model.samples_file(decoding, num_images=num_images, seed=seed)
         options = BulkOptions(
@@ -305,6 +319,19 @@ class Evaluator:
         remarks = {"seconds_per_image": seconds / result.made if result.made else None}
         return LabelledImages(samples.read, samples.labels, remarks, tokens)
 
+    def _generate_tokens(
+        self, model: EvaluatedModel, decoding: DecodingConfig, *, num_samples: int, seed: int, title: str
+    ) -> LabelledImages:
+        labels = torch.arange(num_samples) * self.data.num_classes // num_samples  # as those of ``generate_many``
+        bar, batches = self.bars(title, num_samples), []
+        for rows in iter_row_batches(num_samples, batch_size=self.batch_size):
+            index = torch.arange(rows.start, rows.stop)
+            tokens = model.pipe.generate_tokens(labels[index].tolist(), seed=seed + rows.start, decoding=decoding)
+            batches.append({"index": index, "tokens": tokens.flatten(1)})
+            bar(len(index))
+        tokens = gather_rows(batches)["tokens"]
+        return replace(_in_memory(tokens, labels), tokens=tokens)
+
     def measure_real(
         self,
         *,
@@ -322,13 +349,15 @@ class Evaluator:
         """
         count = min(num_images, self.data.summary.samples["train"])
         columns = self._columns(None, count, 0, None)
-        tokenizer = None if model is None else model.pipe.tokenizer
+        tokenizer = None if model is None else model.tokenizer
         if tokenizer is not None:
             columns["tokenizer"] = shorten_digest(tokenizer.fingerprint)
 
         def read() -> LabelledImages:
             images, labels = self.read_real_images("train", count)
-            tokens = None if tokenizer is None else tokenizer.encode(images[:MOST_GRIDS], batch_size=self.batch_size)
+            tokens = None if self.networks else images[:MOST_GRIDS]  # without networks, the data are tokens
+            if tokenizer is not None:
+                tokens = tokenizer.encode(images[:MOST_GRIDS], batch_size=self.batch_size)
             return replace(_in_memory(images, labels), tokens=tokens)
 
         return self._measure("samples", columns, read, networks, metrics, tokenizer)
@@ -357,7 +386,8 @@ class Evaluator:
 
     def _measure_nll(self, model: EvaluatedModel, count: int, draws: int, seed: int) -> dict[str, float]:
         transformer = model.pipe.transformer
-        tokens, labels = encode_real_images(model.pipe.tokenizer, self.data, limit=count, batch_size=self.batch_size)
+        real = encode_real_images(model.tokenizer, self.data, limit=count, batch_size=self.batch_size)
+        tokens, labels = (tensor.to(model.pipe.device) for tensor in real)
         bar = self.bars(f"{model.run}: likelihood", (1 if transformer.mask_schedule is None else 2) * count)
         options: dict[str, Any] = {"batch_size": self.batch_size, "on_images": bar}
         bits = 1 / (math.log(2) * tokens.shape[1])  # per token, of the nats of an image
@@ -448,6 +478,8 @@ class Evaluator:
 
         ``tokenizer`` is that of the tokens of the images; None if they have none.
         """
+        if not self.networks:
+            return {"tokens": self._measure_tokens(kind, columns, make)}
         images: LabelledImages | None = None
         rows: dict[str, Row] = {}
         first = CLASSIFIER if CLASSIFIER in self.networks else next(iter(self.networks))
@@ -482,8 +514,22 @@ class Evaluator:
             rows[label] = row
         return rows
 
+    def _measure_tokens(self, kind: str, columns: Mapping[str, Any], make: Callable[[], LabelledImages]) -> Row:
+        """Returns the row of the metrics that read nothing but tokens and classes."""
+        known, most = computed_metrics(), {"tokens", "labels"}
+        chosen = {name: metric for name, metric in known.items() if {"tokens"} <= {*metric.needs} <= most}
+        row = self._find(kind, columns, chosen)
+        if row is None:
+            made = make()
+            assert made.tokens is not None
+            nothing = ImageFeatures("tokens", torch.zeros(len(made.labels), 0))
+            grids = self._real_grids(None).with_sampled(made.tokens)
+            compared = ComparedImages(nothing, Reference.from_features(nothing), made.labels, tokens=grids)
+            row = self._add(kind, {**columns, **compute_metrics(chosen, compared)})
+        return row
+
     @lru_cache(maxsize=1)  # noqa: B019  # see ``read_real_images``
-    def _real_grids(self, tokenizer: PretrainedTokenizer) -> TokenGrids:
+    def _real_grids(self, tokenizer: PretrainedTokenizer | None) -> TokenGrids:
         return encode_real_grids(tokenizer, self.data, batch_size=self.batch_size)
 
     def _once(self, kind: str, columns: Mapping[str, Any], measure: Callable[[], dict[str, Any]]) -> Row:

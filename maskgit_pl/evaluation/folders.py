@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from maskgit_pl.checks import pixels_text
-from maskgit_pl.data import ShardData
+from maskgit_pl.data import ShardData, ShardDataConfig
 from maskgit_pl.data.manifest import DataSummary
 from maskgit_pl.data.sources.public import how_to_get
 from maskgit_pl.decoding import DecodingConfig
@@ -143,8 +143,8 @@ def remove_untrained(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 def describe_held_out(summary: DataSummary) -> str:
     """Describes the val split of a data folder in a sentence."""
-    images = summary.samples["val"]
-    return f"Held out: {images:,} images of the val split ({images / sum(summary.samples.values()):.0%} of the data)."
+    count, things = summary.samples["val"], "images" if summary.tokens is None else "samples"
+    return f"Held out: {count:,} {things} of the val split ({count / sum(summary.samples.values()):.0%} of the data)."
 
 
 def open_model(
@@ -187,7 +187,7 @@ def open_models(
     folders = [find_run(run, data=options.data) for run in runs]
     models = [open_model(folder, options.device) for folder in folders]
     data = open_data(folders[0], models[0].pipe, num_workers=options.num_workers)
-    for model in models[1:]:
+    for model in models:  # all of images, too
         check_data(model.pipe, data)
         if model.pipe.tokenizer.image_size != data.config.image_size:
             raise ValueError(
@@ -209,7 +209,13 @@ def open_models(
 
 
 def open_data(folders: RunFolders, pipe: MaskGIT, *, num_workers: int = 0) -> ShardData:
-    """Opens the real images that a model is compared with; see ``check_data``."""
+    """Opens the real images, or tokens of another tokenizer, that a model is compared with; see ``check_data``."""
+    if pipe.transformer.tokenizer_fingerprint is None:
+        network, store = pipe.transformer.network.config, str(folders.data)
+        data = ShardData(ShardDataConfig(store, "tokens", store, num_workers=num_workers))
+        data.require_tokenizer(None, grid=network.grid, codebook_size=network.codebook_size)
+        check_data(pipe, data)
+        return data
     channels = pipe.tokenizer.channels
     data = open_images(folders.data, pipe.tokenizer.image_size, channels, num_workers=num_workers)
     check_data(pipe, data)
@@ -256,8 +262,11 @@ def open_evaluator(
     """Opens the evaluator of the runs of a data set.
 
     ``folders`` are those of the first run. ``reference`` is a file in the layout of ADM to compare with; None for the
-    val split.
+    val split. Tokens of another tokenizer have no images, and so no networks.
     """
+    name, device = data_name(folders.data), torch.device(device)
+    if data.summary.tokens is not None:
+        return Evaluator(data, name, {}, ledger, bars, batch_size, device)
     if reference is not None:
         ArrayFile(reference, thing="reference")  # a wrong file is refused before networks are read
     extractors = open_extractors(folders.classifier, data, features, device=device)
@@ -272,4 +281,4 @@ def open_evaluator(
         each.label: FeatureMetrics(each, references[each.label], labels if reference is None else None)
         for each in extractors
     }
-    return Evaluator(data, data_name(folders.data), networks, ledger, bars, batch_size, torch.device(device), pixels)
+    return Evaluator(data, name, networks, ledger, bars, batch_size, device, pixels)

@@ -149,27 +149,35 @@ def exact_nll(
 
 @torch.inference_mode()
 def encode_real_images(
-    tokenizer: PretrainedTokenizer, data: ShardData, *, limit: int | None = None, batch_size: int = 100
+    tokenizer: PretrainedTokenizer | None, data: ShardData, *, limit: int | None = None, batch_size: int = 100
 ) -> tuple[Tensor, Tensor]:
     """Encodes images of the val split with a tokenizer; the ranks share the work.
 
-    ``limit`` is a number of random images, the same in every call; None for all, in order.
+    ``limit`` is a number of random images, the same in every call; None for all, in order. Without a tokenizer, the
+    data are tokens already.
 
     Returns:
-        (n, N) int64 tokens and (n,) int64 labels, on the tokenizer's device, the same on all ranks.
+        (n, N) int64 tokens and (n,) int64 labels, on the tokenizer's device or the CPU, the same on all ranks.
     """
-    encode, device = tokenizer.network.encode, next(tokenizer.network.parameters()).device
+    device = torch.device("cpu") if tokenizer is None else next(tokenizer.network.parameters()).device
+
+    def encode(content: Tensor) -> Tensor:
+        return content if tokenizer is None else tokenizer.network.encode(to_unit_range(content.to(device)))
+
     rows = gather_rows([
-        {"index": batch.position, "tokens": encode(to_unit_range(batch.content.to(device))).cpu(),
-         "labels": batch.labels}
+        {"index": batch.position, "tokens": encode(batch.content).cpu(), "labels": batch.labels}
         for batch in iter_real_batches(data, "val", num_images=limit, batch_size=batch_size)
     ])  # fmt: skip
     return rows["tokens"].to(device), rows["labels"].to(device)
 
 
-def encode_real_grids(tokenizer: PretrainedTokenizer, data: ShardData, *, batch_size: int = 100) -> TokenGrids:
+def encode_real_grids(tokenizer: PretrainedTokenizer | None, data: ShardData, *, batch_size: int = 100) -> TokenGrids:
     """Encodes images of the val split for metrics of tokens; its generated grids are the real ones at first."""
     tokens, labels = encode_real_images(tokenizer, data, limit=MOST_GRIDS, batch_size=batch_size)
+    if tokenizer is None:
+        assert data.summary.tokens is not None
+        grids = tokens.reshape(len(tokens), *data.summary.tokens[0])
+        return TokenGrids(grids, grids, labels, None)
     grids, quantizer = tokens.cpu().reshape(len(tokens), *tokenizer.grid), tokenizer.network.quantizer
     with torch.no_grad():
         codes = quantizer.lookup(torch.arange(quantizer.codebook_size, device=tokens.device)).float().cpu()

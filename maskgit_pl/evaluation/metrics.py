@@ -134,13 +134,13 @@ class TokenGrids:
         sampled: (k, *grid) int64 in [0, K): grids of the first k generated images.
         real: (m, *grid) int64: grids of random images of the val split, at most ``MOST_GRIDS``.
         real_labels: (m,) int64: their classes.
-        codes: (K, D) float32: the code vectors of the tokenizer.
+        codes: (K, D) float32: the code vectors of the tokenizer; None if they are unknown.
     """
 
     sampled: Tensor
     real: Tensor
     real_labels: Tensor
-    codes: Tensor
+    codes: Tensor | None
 
     def with_sampled(self, tokens: Tensor) -> TokenGrids:
         """Returns the same real grids, the same tensors, with others of generated images, (k, N) int64."""

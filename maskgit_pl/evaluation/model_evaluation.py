@@ -37,7 +37,7 @@ from maskgit_pl.evaluation.folders import (
 )
 from maskgit_pl.evaluation.ledger import FILE_NAME, Ledger
 from maskgit_pl.evaluation.metrics import computed_metrics, format_value, title
-from maskgit_pl.evaluation.options import CLASSIFIER, EvaluationOptions, round_to_classes
+from maskgit_pl.evaluation.options import CLASSIFIER, EvaluationOptions, refuse_options_of_images, round_to_classes
 from maskgit_pl.evaluation.pages import choose_classes
 from maskgit_pl.evaluation.reconstruction import measure_reconstruction, open_lpips
 from maskgit_pl.evaluation.reference import iter_real_batches
@@ -84,6 +84,8 @@ def evaluate(run: Path | str, options: EvaluationOptions | None = None, *, bars:
         decoding = pipe.decoding_with(num_steps=options.num_steps)
         check_model_decoding(pipe, decoding)
         real = open_data(folders, pipe, num_workers=options.num_workers)
+        if model.tokenizer is None:
+            refuse_options_of_images(options)
         round_to_classes(num_images, real.num_classes)
         if options.reconstruction_images is not None:  # the FID of fewer would be higher than that of generated images
             check_integer("reconstruction_images", options.reconstruction_images, f"[{num_images}, inf)")
@@ -101,8 +103,6 @@ def evaluate(run: Path | str, options: EvaluationOptions | None = None, *, bars:
 
         images: dict[str, Any] = {"num_images": num_images, "seed": options.seed}
         measured = _measure(model, evaluator, decoding, images, options)  # 2.
-        # The file of the measured images still exists.
-        generated = evaluator.generate(model, decoding, title=f"{model.run}: pictures", **images)
         # 3.
         content = {
             "protocol": {**images, **_describe_protocol(model, evaluator, decoding)},
@@ -112,9 +112,12 @@ def evaluate(run: Path | str, options: EvaluationOptions | None = None, *, bars:
             "held_out": describe_held_out(real.summary),
         }
         report = Report({**content, "limiting_stage": describe_limit(content, quote(str(run)))}, file)
+        if model.tokenizer is not None:  # the file of the measured images still exists
+            generated = evaluator.generate(model, decoding, title=f"{model.run}: pictures", **images)
+            if rank == 0:
+                originals = evaluator.read_real_images("val", _SHOWN_PAIRS)[0]
+                _write_pictures(model, decoding, generated, originals, file.parent, options.seed)
         if rank == 0:
-            originals = evaluator.read_real_images("val", _SHOWN_PAIRS)[0]
-            _write_pictures(model, decoding, generated, originals, file.parent, options.seed)
             write_text(file, json.dumps(report.content, indent=2) + "\n")
     return report
 
@@ -128,13 +131,15 @@ def _measure(
 ) -> dict[str, Any]:
     available = evaluator.data.summary.samples["val"]
     count = min(options.reconstruction_images or available, available)
-    rebuilt = measure_reconstruction(
-        model.pipe.tokenizer,
-        iter_real_batches(evaluator.data, "val", num_images=count),
-        networks=() if options.reference is not None else evaluator.networks.values(),  # a file is not the val split
-        lpips=open_lpips(options.lpips, model.pipe.tokenizer),
-        on_images=evaluator.bars("reconstructing", count),
-    )
+    rebuilt: dict[str, Any] = {}
+    if model.tokenizer is not None:
+        rebuilt = measure_reconstruction(
+            model.tokenizer,
+            iter_real_batches(evaluator.data, "val", num_images=count),
+            networks=() if options.reference is not None else evaluator.networks.values(),  # a file is not the split
+            lpips=open_lpips(options.lpips, model.tokenizer),
+            on_images=evaluator.bars("reconstructing", count),
+        )
     decodings = {"exported_guidance": decoding}
     if any(decoding.scales()):
         decodings["without_guidance"] = model.pipe.decoding_with(decoding=decoding, guidance_scale=0)
@@ -165,7 +170,7 @@ def _describe_protocol(model: EvaluatedModel, evaluator: Evaluator, decoding: De
         "num_steps": decoding.num_steps,
         "data": evaluator.data.summary.fingerprint,
         "split": "val",
-        "reference": ", ".join(dict.fromkeys(each.file or f"{each.split} split" for each in references)),
+        "reference": ", ".join(dict.fromkeys(each.file or f"{each.split} split" for each in references)) or "val split",
         "mask_schedule": repr(model.pipe.transformer.mask_schedule),
         "decoding": asdict(decoding),
         **({} if negative is None else {"negative_model": {"folder": str(negative.folder), "digest": negative.digest}}),
@@ -181,15 +186,16 @@ def _describe_protocol(model: EvaluatedModel, evaluator: Evaluator, decoding: De
 
 
 def _describe_model(model: EvaluatedModel) -> dict[str, Any]:
-    tokenizer, transformer = model.pipe.tokenizer, model.pipe.transformer
+    tokenizer, network = model.tokenizer, model.pipe.transformer.network
+    parameters = () if tokenizer is None else tokenizer.network.parameters()
     return {
-        "image_size": plain_size(tokenizer.image_size),
-        "grid": list(tokenizer.grid),
-        "codebook_size": tokenizer.network.config.codebook_size,
+        "image_size": None if tokenizer is None else plain_size(tokenizer.image_size),
+        "grid": list(network.config.grid),
+        "codebook_size": network.config.codebook_size,
         "num_classes": len(model.pipe.class_names),
-        "tokenizer_parameters": sum(parameter.numel() for parameter in tokenizer.network.parameters()),
-        "transformer_parameters": sum(parameter.numel() for parameter in transformer.network.parameters()),
-        "tokenizer_fingerprint": tokenizer.fingerprint,
+        "tokenizer_parameters": sum(parameter.numel() for parameter in parameters),
+        "transformer_parameters": sum(parameter.numel() for parameter in network.parameters()),
+        "tokenizer_fingerprint": None if tokenizer is None else tokenizer.fingerprint,
         "transformer_digest": model.identity["transformer"],
         "config_digest": model.identity["config"],
     }
@@ -207,9 +213,11 @@ class Report:
         protocol, samples, rebuilt = (self.content[name] for name in ("protocol", "samples", "reconstruction"))
         # One column per kind of samples, and a last one for real images.
         columns = [*samples.values(), self.content["real_against_real"]]
-        table = Table(title=f"{protocol['num_images']} images, {protocol['num_steps']} steps, seed {protocol['seed']}")
+        things = "images" if protocol["features"] else "samples"
+        steps, seed = protocol["num_steps"], protocol["seed"]
+        table = Table(title=f"{protocol['num_images']} {things}, {steps} steps, seed {seed}")
         table.add_column("")
-        for name in (*(name.replace("_", " ") for name in samples), "real images"):
+        for name in (*(name.replace("_", " ") for name in samples), f"real {things}"):
             table.add_column(name, justify="right")
         computed = computed_metrics()
         of_images = [name for name, metric in computed.items() if not metric.of_network]
@@ -266,7 +274,7 @@ def describe_limit(content: Mapping[str, Any], run: str) -> str | None:
     Returns:
         The sentences; None if the real images are those of a file, which reconstructions are not compared with.
     """
-    name = f"fid/{next(iter(content['protocol']['features']))}"
+    name = f"fid/{next(iter(content['protocol']['features']), '')}"
     rebuilt = content["reconstruction"].get(f"r{name}")
     if rebuilt is None:
         return None

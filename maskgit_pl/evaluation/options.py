@@ -161,6 +161,14 @@ def round_to_classes(num_images: int, num_classes: int) -> int:
     return num_images - num_images % num_classes
 
 
+def refuse_options_of_images(options: EvaluationOptions | ReportOptions) -> None:
+    """Refuses the options that need images, for a model of tokens of another tokenizer."""
+    for name in ("features", "reference", "reconstruction_images", "lpips"):
+        value, default = (getattr(owner, name, None) for owner in (options, type(options)))
+        if value != default:
+            raise ValueError(f"{name} must be left out for tokens of another tokenizer, got {value}")
+
+
 @dataclass(frozen=True)
 class TokenizerOptions(MeasurementOptions):
     """Options of ``evaluate_tokenizer``.

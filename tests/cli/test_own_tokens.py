@@ -102,16 +102,13 @@ def test_wrong_known_tokens_are_refused(folder, tmp_path, capsys, message):
         ("sample", "--out=OUT.png"),
         ("sample", "--num-images=6", "--out=OUT.npz"),
         ("panorama", "--width=100", "--out=OUT.png"),
-        ("evaluate",),
         ("tune",),
-        ("ablation", "--vary=decoding.token_selector=halton", "--of"),
     ],
 )
 def test_commands_of_images_are_refused(folder, tmp_path, monkeypatch, capsys, words):
     monkeypatch.chdir(tmp_path)
     words = [word.replace("OUT", str(tmp_path / "out")) for word in words]
-    run = str(folder / "runs" / "run")
-    words = [*words, run] if words[-1] == "--of" else [words[0], run, *words[1:]]
+    words = [words[0], str(folder / "runs" / "run"), *words[1:]]
     refused(Answer(main(words), *capsys.readouterr()), "the model must have a tokenizer for images")
 
 

@@ -7,7 +7,7 @@ import torch
 
 from maskgit_pl.evaluation import two_sample as module
 from maskgit_pl.evaluation.metrics import TokenGrids
-from maskgit_pl.evaluation.two_sample import _tell_apart, replace_tokens, two_sample
+from maskgit_pl.evaluation.two_sample import _tell_apart, neighbour_vectors, replace_tokens, two_sample
 
 CODES = torch.linspace(-1, 1, 16)[:, None]  # (K, D): neighbours look alike
 
@@ -30,11 +30,23 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     module._finds_replaced_tokens.cache_clear()
 
 
-@pytest.mark.parametrize("grid", [(16,), (4, 4), (2, 3, 3)], ids=str)
-def test_replaced_tokens_are_found_and_other_real_grids_are_not(grid: tuple[int, ...]) -> None:
+@pytest.mark.parametrize(("grid", "codes"), [((16,), CODES), ((4, 4), CODES), ((2, 3, 3), None)])
+def test_replaced_tokens_are_found_and_other_real_grids_are_not(
+    grid: tuple[int, ...], codes: torch.Tensor | None
+) -> None:
     real, labels = smooth(240, grid), torch.arange(240) % 3
-    assert _tell_apart(real, replace_tokens(real, 0.5), labels, CODES, seed=0)[1] > 0.8
-    assert abs(_tell_apart(real, smooth(240, grid, seed=1), labels, CODES, seed=0)[1] - 0.5) < 0.2
+    assert _tell_apart(real, replace_tokens(real, 0.5), labels, codes, seed=0)[1] > 0.8
+    assert abs(_tell_apart(real, smooth(240, grid, seed=1), labels, codes, seed=0)[1] - 0.5) < 0.2
+
+
+def test_codes_with_the_same_neighbours_have_near_vectors() -> None:
+    grids = smooth(400, (4, 4)) * 7 % 16  # code 7 c stands where c was
+    vectors = neighbour_vectors(grids, 17)  # the last one does not occur
+    place = torch.arange(16) * 7 % 16
+    near = torch.cosine_similarity(vectors[place[1:14]], vectors[place[2:15]])
+    far = torch.cosine_similarity(vectors[place[1:7]], vectors[place[9:15]])
+    assert near.min() > far.max()
+    assert not vectors[16].any()
 
 
 def test_replaced_tokens_keep_the_frequencies_of_each_place() -> None:
