@@ -34,7 +34,7 @@ class Flags(Base):
         names: Repeated.
     """
 
-    file: Annotated[Path, Output(".png", ".npz")] | None = None
+    file: Annotated[Path, Output(".png", (".npz",))] | None = None
     sheet: Annotated[Path, Output(".png")] | None = None
     folder: Annotated[Path, Output("")] | None = None
     names: list[str] | None = None
