@@ -160,7 +160,7 @@ def build_peer(name: str, task: Task, folder: Path) -> Peer:
         with redirect_stdout(None):  # they print their layers
             return PEERS[name](task)
     finally:
-        sys.path.remove(clone)
+        sys.path.remove(clone)  # other clones have modules of the same names
 
 
 def list_available(names: Sequence[str], folder: Path | None = None) -> list[str]:

@@ -20,11 +20,10 @@ from maskgit_pl.files import parse_any_json, read_yaml, write_text
 from maskgit_pl.networks.backbone import build_config, create_network
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
 from maskgit_pl.networks.weights import skeletons
-from maskgit_pl.pipeline.sharing import stages_of
+from maskgit_pl.pipeline.sharing import STAGES, stages_of
 from maskgit_pl.pretrained.networks import fingerprint, read_config, read_decoding
 from maskgit_pl.text import code_span, list_some, markdown, printable, python_string, shorten
 
-STAGES = ("tokenizer", "transformer")
 PLACEHOLDER = "path/to/this/folder"
 """The name of the model in the example of a card; `maskgit push` puts that of the repository in its place."""
 # Keys of the recipe that a card shows. The files of the run have all of them.

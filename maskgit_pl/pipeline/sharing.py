@@ -14,8 +14,9 @@ from maskgit_pl.text import did_you_mean
 
 _FOLDER = Path(__file__).parents[1] / "models"
 # Files that a pipeline needs. Other files of a repository may be large and are not downloaded.
-_STAGES, _FILES = ("tokenizer", "transformer"), ("config.json", "model.safetensors")
-NETWORK_FILES = tuple(f"{stage}/{file}" for stage in _STAGES for file in _FILES)
+STAGES = ("tokenizer", "transformer")
+_FILES = ("config.json", "model.safetensors")
+NETWORK_FILES = tuple(f"{stage}/{file}" for stage in STAGES for file in _FILES)
 FILES = (*NETWORK_FILES, "config.json", "decoding.json", "negative/config.json", "negative/model.safetensors")
 """The files of a pretrained folder, without card and license."""
 _MAX_BYTES = 8_000_000  # of a config.json
@@ -106,7 +107,7 @@ def stages_of(folder: Path) -> tuple[str, ...]:
     """Returns the stages of a pretrained folder: a transformer of tokens of another tokenizer has none beside it."""
     config = folder / "transformer" / "config.json"
     is_alone = config.is_file() and read_json(config, max_bytes=_MAX_BYTES).get("tokenizer_fingerprint", "") is None
-    return ("transformer",) if is_alone else _STAGES
+    return ("transformer",) if is_alone else STAGES
 
 
 def find_transformer(path_or_hub_id: Path | str) -> Path:
