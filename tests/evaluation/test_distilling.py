@@ -11,7 +11,7 @@ from maskgit_pl.files import read_yaml
 from maskgit_pl.pretrained.networks import save_decoding
 
 SHORT = {"trainer.max_steps": 2, "trainer.val_check_interval": 2, "data.global_batch": 8, "trainer.accelerator": "cpu"}
-MEASURED = ("val/fid", "val/class_agreement", "val/diversity", "val/recall")
+MEASURED = ("val/fid", "val/class_agreement", "val/diversity", "val/pixel_fid", "val/recall")
 
 
 @pytest.mark.slow
