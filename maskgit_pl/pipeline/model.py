@@ -323,12 +323,12 @@ class MaskGIT:
 
         Args:
             classes: See ``generate``.
-            known: (n, N) or (n, *grid) integers in [-1, K): tokens that stay, and -1 where they are generated, at one
-                place of each sample or more. None generates all.
+            known: (n, N) or ``(n, *grid)`` integers in [-1, K): tokens that stay, and -1 where they are generated, at
+                one place of each sample or more. None generates all.
             options: See ``generate``. With ``known``, the first floor(T / 6) of T steps are skipped.
 
         Returns:
-            (n, *grid) int64 in [0, K), on the CPU.
+            ``(n, *grid)`` int64 in [0, K), on the CPU.
 
         Raises:
             ValueError: if ``known`` has another shape, type or range. See also ``generate``.
