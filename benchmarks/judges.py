@@ -5,6 +5,7 @@
 The ladder: token grids of real train images with a share of their tokens replaced by those of others at the same place;
 grids joined from the halves of two images of a class; copies of train images; and images of the model with other
 numbers of steps, scales of guidance and selectors. All are decoded by the tokenizer, and compared with the val split.
+With ``--accept-rates 0.5,0.25``, the images are those of ``maskgit sample --accept-rate`` instead, by each judge.
 """
 
 from __future__ import annotations
@@ -17,11 +18,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from measuring import format_table, read_cpu_name
 from torch import Tensor
 
 from maskgit_pl.decoding import DecodingConfig
+from maskgit_pl.evaluation.acceptance import Acceptance, ClassJudge, Judge, TokenJudge, generate_accepted
 from maskgit_pl.evaluation.evaluator import EvaluatedModel, Evaluator, compare_images
 from maskgit_pl.evaluation.folders import find_run, open_data, open_evaluator, open_model
 from maskgit_pl.evaluation.ledger import Ledger
@@ -29,6 +32,7 @@ from maskgit_pl.evaluation.likelihood import encode_real_grids
 from maskgit_pl.evaluation.metrics import compute_metrics, format_value, title
 from maskgit_pl.evaluation.options import CLASSIFIER, with_steps
 from maskgit_pl.evaluation.two_sample import replace_tokens
+from maskgit_pl.pipeline.bulk import BulkOptions, generate_many
 
 _NAMES = ("fid", "class_agreement", "diversity", "two_sample", "two_sample_auc",
           "pixel_fid", "brightness_spread", "contrast_spread", "weave")  # fmt: skip
@@ -39,11 +43,12 @@ _NEAR = 0.1  # share of the tokens in which a copy may differ
 
 @dataclass(frozen=True)
 class Rung:
-    """Images of a known fault: their tokens (n, N) int64 and classes (n,) int64."""
+    """Images of a known fault: their tokens (n, N) int64 and classes (n,) int64, and the CPU seconds to make them."""
 
     name: str
     tokens: Tensor
     labels: Tensor
+    seconds: float | None = None
 
 
 def join_halves(tokens: Tensor, labels: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -93,8 +98,31 @@ def climb(evaluator: Evaluator, model: EvaluatedModel, *, num_images: int, seed:
         yield Rung(name, made.tokens, made.labels)
 
 
-def measure(run: Path, *, data: Path | None, num_images: int, seeds: list[int]) -> list[dict[str, str]]:
-    """Returns the rows of the table: each value of all seeds."""
+def reject(
+    evaluator: Evaluator, model: EvaluatedModel, rates: list[float], *, num_images: int, seed: int, classifier: Path
+) -> Iterator[Rung]:
+    """Yields images of the exported decoding, and those that each judge keeps of more of them."""
+    judges: list[Judge] = [ClassJudge.load(classifier), TokenJudge(model.pipe.tokenizer, evaluator.data)]
+    acceptances = [None, *(Acceptance(rate, judge) for judge in judges for rate in rates)]
+    options = BulkOptions(num_images=num_images, seed=1_000_000 * (seed + 1), keep_tokens=True)
+    for number, acceptance in enumerate(acceptances):
+        file, start = model.folder / f"accepted-{seed}-{number}.npz", time.process_time()
+        if acceptance is None:
+            name = "all"
+            generate_many(model.pipe, file, options)
+        else:
+            name = f"{'classifier' if acceptance.judge is judges[0] else 'two_sample'}, {acceptance.rate:g}"
+            generate_accepted(model.pipe, file, options, acceptance)
+        seconds = time.process_time() - start
+        with np.load(file) as arrays:
+            tokens, labels = (torch.from_numpy(arrays[key]).long() for key in ("tokens", "arr_1"))
+        yield Rung(name, tokens, labels, seconds)
+
+
+def measure(
+    run: Path, *, data: Path | None, num_images: int, seeds: list[int], rates: list[float]
+) -> list[dict[str, str]]:
+    """Returns the rows of the table: each value of all seeds. With acceptance rates, they are those of ``reject``."""
     folders = find_run(run, data=data)
     with tempfile.TemporaryDirectory() as folder:
         model = open_model(folders, "cpu", out=Path(folder))
@@ -107,7 +135,11 @@ def measure(run: Path, *, data: Path | None, num_images: int, seeds: list[int]) 
         train, train_labels = evaluator.read_real_images("train", _POOL)
         pool, values = tokenizer.encode(train, batch_size=100), dict[str, list[dict[str, float | None]]]()
         for seed in seeds:
-            for rung in climb(evaluator, model, num_images=num_images, seed=seed):
+            rungs = climb(evaluator, model, num_images=num_images, seed=seed)
+            if rates:
+                judge = folders.classifier
+                rungs = reject(evaluator, model, rates, num_images=num_images, seed=seed, classifier=judge)
+            for rung in rungs:
                 start = time.process_time()
                 compared = compare_images(
                     lambda rows, tokens=rung.tokens: tokenizer.decode(tokens[rows.start : rows.stop]),
@@ -118,6 +150,7 @@ def measure(run: Path, *, data: Path | None, num_images: int, seeds: list[int]) 
                 )
                 numbers = compute_metrics({name: known[name] for name in _NAMES}, compared)
                 numbers["copied"] = nearest_share(rung, pool, train_labels)
+                numbers["seconds"] = rung.seconds
                 values.setdefault(rung.name, []).append(numbers)
                 line = {"rung": rung.name, "seed": seed, "cpu_seconds": time.process_time() - start, **numbers}
                 print(json.dumps(line), flush=True)
@@ -131,7 +164,9 @@ def _row(name: str, of_seeds: list[dict[str, float | None]]) -> dict[str, str]:
         return " / ".join(texts)
 
     copied = " / ".join(f"{100 * float(numbers['copied'] or 0):.1f}" for numbers in of_seeds)
-    return {"": name, **{title(column): cell(column) for column in _NAMES}, "near a train grid %": copied}
+    made = [numbers["seconds"] for numbers in of_seeds if numbers["seconds"] is not None]
+    cost = {"CPU seconds": " / ".join(f"{seconds:.0f}" for seconds in made)} if made else {}
+    return {"": name, **{title(column): cell(column) for column in _NAMES}, "near a train grid %": copied, **cost}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -141,10 +176,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--data", type=Path, help="data folder (default: that of the training)")
     parser.add_argument("--num-images", type=int, default=1000, help="images of each rung (default: 1000)")
     parser.add_argument("--seeds", default="0,1", help="seeds of the ladder (default: 0,1)")
+    parser.add_argument("--accept-rates", default="", help="show rejection sampling with these rates, not the ladder")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     start, seeds = time.process_time(), [int(seed) for seed in args.seeds.split(",")]
-    rows = measure(args.run, data=args.data, num_images=args.num_images, seeds=seeds)
+    rates = [float(rate) for rate in args.accept_rates.split(",") if rate]
+    rows = measure(args.run, data=args.data, num_images=args.num_images, seeds=seeds, rates=rates)
     seconds = time.process_time() - start
     print(f"\n{args.num_images} images, seeds {args.seeds}, {read_cpu_name()}, one thread, {seconds:.0f} CPU seconds\n")
     print(format_table(rows))

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from maskgit_pl.data import ShardData
+from maskgit_pl.data.manifest import Split
 from maskgit_pl.evaluation.extractors import gather_rows, iter_row_batches
 from maskgit_pl.evaluation.metrics import MOST_GRIDS, TokenGrids
 from maskgit_pl.evaluation.reference import iter_real_batches
@@ -149,9 +150,14 @@ def exact_nll(
 
 @torch.inference_mode()
 def encode_real_images(
-    tokenizer: PretrainedTokenizer | None, data: ShardData, *, limit: int | None = None, batch_size: int = 100
+    tokenizer: PretrainedTokenizer | None,
+    data: ShardData,
+    *,
+    split: Split = "val",
+    limit: int | None = None,
+    batch_size: int = 100,
 ) -> tuple[Tensor, Tensor]:
-    """Encodes images of the val split with a tokenizer; the ranks share the work.
+    """Encodes images of a split with a tokenizer; the ranks share the work.
 
     ``limit`` is a number of random images, the same in every call; None for all, in order. Without a tokenizer, the
     data are tokens already.
@@ -166,14 +172,21 @@ def encode_real_images(
 
     rows = gather_rows([
         {"index": batch.position, "tokens": encode(batch.content).cpu(), "labels": batch.labels}
-        for batch in iter_real_batches(data, "val", num_images=limit, batch_size=batch_size)
+        for batch in iter_real_batches(data, split, num_images=limit, batch_size=batch_size)
     ])  # fmt: skip
     return rows["tokens"].to(device), rows["labels"].to(device)
 
 
-def encode_real_grids(tokenizer: PretrainedTokenizer | None, data: ShardData, *, batch_size: int = 100) -> TokenGrids:
-    """Encodes images of the val split for metrics of tokens; its generated grids are the real ones at first."""
-    tokens, labels = encode_real_images(tokenizer, data, limit=MOST_GRIDS, batch_size=batch_size)
+def encode_real_grids(
+    tokenizer: PretrainedTokenizer | None,
+    data: ShardData,
+    *,
+    split: Split = "val",
+    limit: int = MOST_GRIDS,
+    batch_size: int = 100,
+) -> TokenGrids:
+    """Encodes images of a split for metrics of tokens; its generated grids are the real ones at first."""
+    tokens, labels = encode_real_images(tokenizer, data, split=split, limit=limit, batch_size=batch_size)
     if tokenizer is None:
         assert data.summary.tokens is not None
         grids = tokens.reshape(len(tokens), *data.summary.tokens[0])

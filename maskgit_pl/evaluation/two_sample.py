@@ -1,7 +1,8 @@
 """A test of two samples: how well a network that is trained on the spot tells sampled token grids from real ones.
 
 Distances in the features of a fixed network do not see what that network ignores, and a decoding that was chosen by
-them has been fitted to it. This network is new in each measurement, and nothing was chosen by it.
+them has been fitted to it. This network is new in each measurement, and nothing was chosen by it, unless images were
+(``acceptance.TokenJudge``).
 
 Source: Lopez-Paz and Oquab, "Revisiting classifier two-sample tests", arXiv:1610.06545.
 """
@@ -19,7 +20,7 @@ from maskgit_pl.evaluation.classifier import use_threads
 from maskgit_pl.evaluation.metrics import MOST_GRIDS, TokenGrids
 
 _SEEDS = (0, 1)  # of the trainings, which test on different grids
-_LEAST = 200  # grids of each kind; the quarter that is tested has a standard error of 5 % then
+LEAST_GRIDS = 200  # grids of each kind; the quarter that is tested has a standard error of 5 % then
 _TESTED = 4  # one grid in four is tested, the others train
 _EPOCHS, _BATCH, _RATE, _WEIGHT_DECAY, _WIDTH = 12, 100, 2e-3, 0.05, 64
 _DIMENSIONS = 8  # of code vectors that are made of neighbours
@@ -42,7 +43,7 @@ def two_sample(grids: TokenGrids, labels: Tensor) -> tuple[tuple[float, float], 
         there are fewer than 200 pairs of grids of a class, or the network is blind.
     """
     sampled, real = _pair(labels[: len(grids.sampled)], grids.real_labels)
-    if len(real) < _LEAST:
+    if len(real) < LEAST_GRIDS:
         return None
     if not _finds_replaced_tokens(grids.real, grids.real_labels, grids.codes, len(real)):
         advice = f"raise --num-images, at most to {MOST_GRIDS}"
@@ -52,6 +53,40 @@ def two_sample(grids: TokenGrids, labels: Tensor) -> tuple[tuple[float, float], 
     results = torch.tensor([_tell_apart(*pairs, grids.codes, seed=seed) for seed in _SEEDS], dtype=torch.float64)
     (accuracy, area), (spread, spread_of_area) = results.mean(0).tolist(), results.std(0, correction=0).tolist()
     return (accuracy, spread), (area, spread_of_area)
+
+
+def rate_grids(grids: TokenGrids, labels: Tensor) -> Tensor:
+    """Computes how probably each sampled grid is a real one, by networks that were not trained on it.
+
+    A network that has learnt a grid as a sampled one rates how well it knows it by heart. So there are four: network q
+    is trained on the grids whose index is not q modulo 4, with as many real ones of each class, and rates the others.
+
+    Args:
+        grids: The grids; ``sampled`` are all that are rated.
+        labels: (k,) int64: requested classes.
+
+    Returns:
+        (k,) float32: log p(real).
+
+    Raises:
+        ValueError: if there are fewer than 200 pairs of grids of a class, or the network is blind; see ``two_sample``.
+    """
+    rows, real = _pair(labels, grids.real_labels)
+    if len(real) < LEAST_GRIDS or not _finds_replaced_tokens(grids.real, grids.real_labels, grids.codes, len(real)):
+        raise ValueError(
+            f"two_sample must find replaced tokens in the real grids that it learns from, got {len(real)} that do not "
+            "show them; raise --num-images, or choose by a classifier"
+        )
+    logits, folds = torch.empty(len(labels)), torch.arange(len(labels)) % _TESTED
+    sizes = int(labels.max()) + 1, int(max(grids.real.max(), grids.sampled.max())) + 1
+    for fold in range(_TESTED):
+        others = folds[rows] != fold
+        pairs = grids.real[real[others]], grids.sampled[rows[others]], labels[rows[others]]
+        judge = _train_judge(*pairs, grids.codes, sizes, seed=fold)
+        for part in torch.split((folds == fold).nonzero()[:, 0], _BATCH):
+            with torch.no_grad():
+                logits[part] = judge(grids.sampled[part], labels[part])
+    return F.logsigmoid(logits)
 
 
 def _pair(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
@@ -145,14 +180,30 @@ def _tell_apart(
     It is trained on three quarters of the pairs, and tested on the quarter ``seed``, in [0, 4).
     """
     tested = torch.arange(len(labels)) % _TESTED == seed
-    tokens, classes = torch.cat([real[~tested], sampled[~tested]]), labels[~tested].repeat(2)
+    sizes = int(labels.max()) + 1, int(max(real.max(), sampled.max())) + 1
+    judge = _train_judge(real[~tested], sampled[~tested], labels[~tested], codes, sizes, seed=seed)
+    with torch.no_grad():
+        of_real, of_sampled = (judge(grids[tested], labels[tested]) for grids in (real, sampled))
+    accuracy = ((of_real > 0).double().mean() + (of_sampled <= 0).double().mean()) / 2
+    above = (of_real[:, None] > of_sampled).double() + 0.5 * (of_real[:, None] == of_sampled).double()
+    return float(accuracy), float(above.mean())
+
+
+def _train_judge(
+    real: Tensor, sampled: Tensor, labels: Tensor, codes: Tensor | None, sizes: tuple[int, int], *, seed: int
+) -> _Judge:
+    """Returns a network that was trained to tell pairs of (n, *grid) grids with (n,) classes apart.
+
+    ``sizes`` are the numbers of classes, and of codes whose vectors are unknown, that it is shown later.
+    """
+    tokens, classes = torch.cat([real, sampled]), labels.repeat(2)
     count = len(classes)
     is_real = (torch.arange(count) < count // 2).float()
     with use_threads(1), torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.manual_seed(seed)
         if codes is None:  # of both kinds, so that the vectors tell nothing
-            codes = neighbour_vectors(tokens, int(max(real.max(), sampled.max())) + 1)
-        judge = _Judge(codes, int(labels.max()) + 1, real.ndim - 1)
+            codes = neighbour_vectors(tokens, sizes[1])
+        judge = _Judge(codes, sizes[0], real.ndim - 1)
         optimizer = torch.optim.AdamW(judge.parameters(), _RATE, weight_decay=_WEIGHT_DECAY)
         batches = [rows for _ in range(_EPOCHS) for rows in torch.split(torch.randperm(count), _BATCH)]
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _RATE, total_steps=len(batches))
@@ -162,8 +213,4 @@ def _tell_apart(
             loss.backward()  # type: ignore[no-untyped-call]  # torch: untyped
             optimizer.step()
             schedule.step()
-    with torch.no_grad():
-        of_real, of_sampled = (judge(grids[tested], labels[tested]) for grids in (real, sampled))
-    accuracy = ((of_real > 0).double().mean() + (of_sampled <= 0).double().mean()) / 2
-    above = (of_real[:, None] > of_sampled).double() + 0.5 * (of_real[:, None] == of_sampled).double()
-    return float(accuracy), float(above.mean())
+    return judge

@@ -102,7 +102,7 @@ class BulkPlan:
         image: (H, W, C) of an image.
         tokenizer, transformer, negative_model: SHA-256 of the weights of each; None without a negative model.
         accept_rate: Fraction of the candidates that are kept; None without rejection sampling.
-        classifier: SHA-256 of the classifier that ranks candidates; None without rejection sampling.
+        classifier: Digest of the classifier, or judge, that ranks candidates; None without rejection sampling.
     """
 
     count: int

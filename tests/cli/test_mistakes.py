@@ -20,6 +20,7 @@ TRAIN = {  # words with which the tiny trainings begin
     ],
 }  # fmt: skip
 SUBMIT = f"slurm submit tokenizer {WHERE} --nodes 2 --devices 1 --dry-run"
+JUDGED = "sample model --num-images 6 --accept-rate 0.5 --classifier two_sample"
 BOX = "edit model image.png --class 1 --box 0,0,4,2"
 JAX = "import-jax --tokenizer vqvae --out new"
 
@@ -135,6 +136,9 @@ def test_wrong_data_or_weights_are_one_line_and_leave_nothing(is_refused, comman
         ("sample model --filmstrip samples.png", "must not overwrite another file of the command, got samples.png"),
         ("sample model --num-images 5 --out a.npz --gif a.gif", "--num-images must not be given with --gif"),
         ("sample model --classifier x", "--accept-rate, --classifier and --num-images must be given together"),
+        ("sample model --data shards", "--data must come with --classifier two_sample, got shards without it"),
+        (f"{JUDGED} --out a.npz", "choose them with --data"),
+        (f"{JUDGED} --out a.npz --data shards", "--num-images must give at least 200 candidates to learn from"),
         ("sample causal --num-steps 8", "--num-steps must be 16 for an autoregressive model, one step per"),
         ("panorama causal --classes 0 --width 16", "panorama requires a model with bidirectional attention"),
         ("evaluate model --data shards --features inception=nowhere.pth", "no file nowhere.pth; download https://"),

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from maskgit_pl.evaluation import acceptance, two_sample
 from maskgit_pl.networks.classifiers import ClassifierSizes, create_classifier, describe_classifier
 from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.pipeline.options import SETTINGS
@@ -131,6 +132,16 @@ def test_many_accepted_images_come_with_their_seeds(call, maskgit, tiny_pretrain
     refused(maskgit("sample", tiny_pretrained, *words, other), "must know the classes of the model")
     odd = maskgit("sample", tiny_pretrained, *words, classifier, "--num-images", 7)
     refused(odd, "--num-images must be a multiple of 3")
+
+
+def test_the_judge_of_tokens_accepts_images_in_place_of_a_classifier(call, tiny_shards, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(two_sample, "LEAST_GRIDS", 10)
+    monkeypatch.setattr(acceptance, "LEAST_GRIDS", 10)
+    monkeypatch.setattr(two_sample, "_finds_replaced_tokens", lambda *grids: True)
+    words = ("--num-images", 6, "--accept-rate", 0.25, "--num-steps", 1, "--classifier", "two_sample")
+    said = call(*words, "--data", tiny_shards, "--out", tmp_path / "best.npz")
+    assert "accepted 6 of 24 candidates (25.0%) by two_sample" in said
+    assert "already complete" in call(*words, "--data", tiny_shards, "--out", tmp_path / "best.npz")
 
 
 def test_a_model_that_needs_a_vector_for_each_image_is_refused(maskgit, tiny_pretrained, tmp_path) -> None:

@@ -7,7 +7,13 @@ import torch
 
 from maskgit_pl.evaluation import two_sample as module
 from maskgit_pl.evaluation.metrics import TokenGrids
-from maskgit_pl.evaluation.two_sample import _tell_apart, neighbour_vectors, replace_tokens, two_sample
+from maskgit_pl.evaluation.two_sample import (
+    _tell_apart,
+    neighbour_vectors,
+    rate_grids,
+    replace_tokens,
+    two_sample,
+)
 
 CODES = torch.linspace(-1, 1, 16)[:, None]  # (K, D): neighbours look alike
 
@@ -49,6 +55,31 @@ def test_codes_with_the_same_neighbours_have_near_vectors() -> None:
     assert not vectors[16].any()
 
 
+def test_of_candidates_half_of_which_are_damaged_the_others_look_more_real(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_finds_replaced_tokens", lambda *args: True)
+    is_damaged, grids = torch.arange(480) % 7 < 3, smooth(480, (16,), seed=1)
+    sampled = torch.where(is_damaged[:, None], replace_tokens(grids, 0.5), grids)
+    order = rate_grids(grids_of(sampled, 480), torch.arange(480) % 3).argsort()
+    assert is_damaged[order[:160]].float().mean() > 0.9
+    assert is_damaged[order[-160:]].float().mean() < 0.1
+
+
+def test_no_candidate_is_rated_by_a_network_that_was_trained_on_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    trained: list[torch.Tensor] = []
+
+    def train(real: torch.Tensor, sampled: torch.Tensor, *args: object, **options: object) -> object:
+        seen = set(sampled[:, 0].tolist())
+        trained.append(sampled)
+        return lambda tokens, labels: torch.tensor([float(mark in seen) for mark in tokens[:, 0].tolist()])
+
+    monkeypatch.setattr(module, "_train_judge", train)
+    monkeypatch.setattr(module, "_finds_replaced_tokens", lambda *args: True)
+    sampled = torch.arange(240)[:, None].expand(240, 16)
+    log_probs = rate_grids(grids_of(sampled), torch.arange(240) % 3)
+    assert torch.equal(log_probs, torch.nn.functional.logsigmoid(torch.zeros(240)))
+    assert [len(grids) for grids in trained] == [180] * 4
+
+
 def test_replaced_tokens_keep_the_frequencies_of_each_place() -> None:
     grids = smooth(50, (4,))
     changed = replace_tokens(grids, 1.0)
@@ -81,3 +112,5 @@ def test_few_grids_and_a_blind_network_give_no_value(caplog: pytest.LogCaptureFi
     blind = replace(grids_of(smooth(240, (4, 4))), codes=torch.ones(16, 1))  # all codes look alike
     assert two_sample(blind, labels) is None
     assert "two_sample is blind: 240 real grids" in caplog.text
+    with pytest.raises(ValueError, match="two_sample must find replaced tokens in the real grids that it learns from"):
+        rate_grids(blind, labels)
