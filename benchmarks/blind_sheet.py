@@ -1,11 +1,11 @@
 """Draws a sheet of pictures without captions, and counts which of them a person named.
 
-    python benchmarks/blind_sheet.py runs/fashion-mnist-adaln --source exported={} \
-        --source 'guidance 1={"guidance": {"name": "linear", "scale": 1}}' --out sheet
-    python benchmarks/blind_sheet.py --answers sheet.csv --guesses guesses.csv
+    python benchmarks/blind_sheet.py runs/fashion-mnist-adaln --source 'guidance 3={"guidance_scale": 3}' --out sheet
+    python benchmarks/blind_sheet.py --count sheet
 
-The sheet, SHEET.png, shuffles real val images and those of each source, which share classes and noise. It is looked at before SHEET.csv, which has the
-number, source and class of each picture. Guesses are lines ``number,class,fault``: a class and the fault may be empty.
+SHEET.png shuffles real val images and those of each source, which share classes and noise. It is looked at before
+SHEET.csv, which has the number, source and class of each picture. The person writes SHEET.guesses.csv, lines of
+``number,class,fault``; the fault may be empty.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ import csv
 import json
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import torch
 from measuring import format_table
 
 from maskgit_pl import MaskGIT
-from maskgit_pl.data.images import from_pil
 from maskgit_pl.evaluation.folders import find_run, open_data
 from maskgit_pl.evaluation.reference import draw_images
-from maskgit_pl.grids import image_grid
+from maskgit_pl.grids import image_grid, save_png
 
 _COLUMNS = 10
 _REAL = "real"
 
 
-def draw_sheet(run: Path, sources: dict[str, dict[str, object]], *, out: Path, per_source: int, seed: int) -> None:
+def draw_sheet(run: Path, sources: dict[str, dict[str, Any]], *, out: Path, per_source: int, seed: int) -> None:
     """Writes SHEET.png and SHEET.csv."""
     pipe = MaskGIT.from_pretrained(run)
     data = open_data(find_run(run), pipe)
@@ -39,33 +39,33 @@ def draw_sheet(run: Path, sources: dict[str, dict[str, object]], *, out: Path, p
     pictures = [(image, _REAL, int(label)) for image, label in zip(batch.content, batch.labels, strict=True)]
     labels = [number % len(pipe.class_names) for number in range(per_source)]
     for name, settings in sources.items():
-        images = pipe.generate(labels, seed=1000 * (seed + 1), **settings)
-        tensors = [from_pil(image, channels=batch.content.shape[1], name=name) for image in images]
-        pictures += [(image, name, label) for image, label in zip(tensors, labels, strict=True)]
-    order = torch.randperm(len(pictures), generator=random).tolist()
-    rows = [str(first) for first in range(0, len(order), _COLUMNS)]
-    image_grid(torch.stack([pictures[k][0] for k in order]), columns=_COLUMNS, row_captions=rows).save(
-        out.with_suffix(".png")
-    )
+        images = pipe.generate(labels, seed=1000 * (seed + 1), output_type="pt", **settings)
+        pictures += [(image, name, label) for image, label in zip(images, labels, strict=True)]
+    shuffled = [pictures[row] for row in torch.randperm(len(pictures), generator=random).tolist()]
+    images, captions = torch.stack([image for image, _, _ in shuffled]), map(str, range(0, len(shuffled), _COLUMNS))
+    save_png(image_grid(images, columns=_COLUMNS, row_captions=list(captions)), out.with_suffix(".png"))
     with out.with_suffix(".csv").open("w", newline="") as stream:
-        csv.writer(stream).writerows((n, pictures[k][1], pipe.class_names[pictures[k][2]]) for n, k in enumerate(order))
+        rows = ((number, source, pipe.class_names[label]) for number, (_, source, label) in enumerate(shuffled))
+        csv.writer(stream, lineterminator="\n").writerows(rows)
 
 
-def count(answers: Path, guesses: Path) -> str:
-    """Returns a table: of each source, how many pictures were named and how many have each fault."""
-    with answers.open() as stream:
-        truth = {number: (source, name) for number, source, name in csv.reader(stream)}
-    shown, named, faults = Counter(source for source, _ in truth.values()), Counter[str](), Counter[tuple[str, str]]()
-    with guesses.open() as stream:
-        for number, guess, fault in csv.reader(stream):
-            source, name = truth[number]
-            named[source] += guess == name
-            faults[source, fault] += 1
+def count(sheets: list[Path]) -> str:
+    """Returns a table: of each source, how many pictures of all sheets were named, and how many have each fault."""
+    shown, named, faults = Counter[str](), Counter[str](), Counter[tuple[str, str]]()
+    for sheet in sheets:
+        with sheet.with_suffix(".csv").open() as stream:
+            truth = {number: (source, name) for number, source, name in csv.reader(stream)}
+        shown.update(source for source, _ in truth.values())
+        with sheet.with_suffix(".guesses.csv").open() as stream:
+            for number, guess, fault in csv.reader(stream):
+                source, name = truth[number]
+                named[source] += guess == name
+                faults[source, fault] += 1
     kinds = sorted({fault for _, fault in faults if fault})
     return format_table([
-        {"": source, "pictures": str(total), "named": f"{named[source]} ({100 * named[source] / total:.0f} %)",
+        {"": source, "pictures": str(shown[source]), "named": str(named[source]),
          **{fault: str(faults[source, fault]) for fault in kinds}}
-        for source, total in shown.items()
+        for source in sorted(shown)
     ])  # fmt: skip
 
 
@@ -77,11 +77,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--per-source", type=int, default=50, help="pictures of each source (default: 50)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("sheet"), help="path without its suffix (default: sheet)")
-    parser.add_argument("--answers", type=Path, help="SHEET.csv")
-    parser.add_argument("--guesses", type=Path, help="lines of number,class,fault")
+    parser.add_argument("--count", nargs="+", type=Path, metavar="SHEET", help="count the guesses of these sheets")
     args = parser.parse_args(argv)
-    if args.answers:
-        print(count(args.answers, args.guesses))
+    if args.count:
+        print(count(args.count))
         return
     sources = {name: json.loads(text) for name, text in (source.split("=", 1) for source in args.source)}
     draw_sheet(args.run, sources, out=args.out, per_source=args.per_source, seed=args.seed)

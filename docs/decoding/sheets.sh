@@ -28,7 +28,7 @@ specs = [name if name in ("halton", "random") else {"name": name, "choice_temper
 rows = [pipe.generate(pipe.class_names, num_steps=8, seed=0, token_selector=spec, output_type="pt") for spec in specs]
 sheet = image_grid(torch.cat(rows), columns=10, row_captions=names, column_captions=pipe.class_names)
 sheet.save(f"{out}/selectors.png")
-shirts = pipe.generate(["T-shirt/top"], num_steps=8, seed=10)
+shirts = pipe.generate(["T-shirt/top"], num_steps=8, seed=15)
 shirts[0].save(f"{folder}/generated/shirt.png")
 Image.open(f"{folder}/sneaker.png").crop((0, 0, 16, 28)).save(f"{folder}/front.png")
 Image.open(f"{folder}/shirt.png").crop((0, 0, 28, 16)).save(f"{folder}/upper.png")
@@ -36,7 +36,7 @@ PYTHON
 
 "$maskgit" inpaint "$run" "$images/shirt.png" --box 8,8,20,20 --class T-shirt/top --out "$out/inpaint.png" \
     --filmstrip "$out/inpaint-filmstrip.png"
-"$maskgit" edit "$run" "$images/generated/shirt.png" --box 0,12,28,28 --class Pullover --seed 4 --out "$out/edit.png"
+"$maskgit" edit "$run" "$images/generated/shirt.png" --box 0,12,28,28 --class Pullover --out "$out/edit.png"
 "$maskgit" outpaint "$run" "$images/front.png" --right 12 --class Sneaker --seed 8 --out "$out/outpaint-right.png"
 "$maskgit" outpaint "$run" "$images/upper.png" --down 12 --class T-shirt/top --out "$out/outpaint-down.png"
 "$maskgit" outpaint "$colour" "$images/coast.png" --left 8 --right 8 --up 8 --down 8 --class "Southern South America" --out "$out/outpaint-all.png"
