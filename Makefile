@@ -65,7 +65,7 @@ $(if $(and $(IMAGES),$(filter $(FETCHED),$(DATASET))),$(error DATASET must be a 
 OF_RUN = --dataset "$(DATASET)" --data "$(DATA)" --recipe "$(strip $(RECIPE) $(BUDGET))" --run "$(RUN)" $(if $(TOKENIZER),--tokenizer "$(TOKENIZER)") $(if $(PRETRAINED),--pretrained "$(PRETRAINED)")
 MACHINES = $(if $(NODES),--nodes $(NODES)) $(if $(DEVICES),--devices $(DEVICES))
 
-.PHONY: doctor help install data train-tokenizer tokenize train-transformer submit-tokenizer submit-transformer sample evaluate tune train-classifier ablation schedule-table paper edit web benchmark benchmarks benchmark-gpu demo demo-short demo-model test test-trainings test-exports test-survival test-benchmarks test-site test-gpu test-lowest test-wheel test-slurm docs test-web lint format clean
+.PHONY: doctor help install data train-tokenizer tokenize train-transformer submit-tokenizer submit-transformer sample evaluate tune train-classifier ablation schedule-table paper edit web benchmark benchmarks benchmark-gpu demo demo-short test test-trainings test-exports test-survival test-benchmarks test-site test-gpu test-lowest test-wheel test-slurm docs test-web lint format clean
 
 help: ## List the targets and the variables
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
@@ -166,9 +166,6 @@ demo: $(STAMP) ## Run everything: data, both stages, pictures and metrics; for y
 demo-short: $(STAMP) ## Run the demo from scratch with 60 steps per stage
 	@rm -rf runs/demo-short
 	@$(BIN)/maskgit demo --short --dataset "$(DATASET)" --data "$(DATA)" --recipe "$(strip $(RECIPE) $(BUDGET))" --cluster $(CLUSTER) $(if $(IMAGES),--images "$(IMAGES)") $(ARGS)
-
-demo-model: $(STAMP) ## Write the weights of RUN as the model fashion-mnist-demo of the package
-	@$(BIN)/python -c 'import sys; from maskgit_pl import MaskGIT; MaskGIT.from_pretrained(sys.argv[1]).save_pretrained("maskgit_pl/models/fashion-mnist-demo", name="fashion-mnist-demo", license="apache-2.0")' "runs/$(RUN)"
 
 BENCHMARKS = $(filter-out measuring peers,$(basename $(notdir $(wildcard benchmarks/*.py))))
 
