@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from maskgit_pl.networks import kernels as module
 from maskgit_pl.networks.kernels import (
-    PackingLinear,
+    FastLinear,
     _apply_gelu,
     _packed_dtypes,
     attend,
@@ -28,15 +28,15 @@ DTYPES = [
 ]
 
 
-def layer(dtype: torch.dtype, *, bias: bool = True, gelu: bool = False) -> PackingLinear:
+def layer(dtype: torch.dtype, *, bias: bool = True, gelu: bool = False) -> FastLinear:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        module = PackingLinear(48, 80, bias=bias, gelu=gelu).to(dtype).requires_grad_(requires_grad=False)
+        module = FastLinear(48, 80, bias=bias, gelu=gelu).to(dtype).requires_grad_(requires_grad=False)
     set_packing(module, enabled=True)
     return module
 
 
-def plain(module: PackingLinear, x: torch.Tensor) -> torch.Tensor:
+def plain(module: FastLinear, x: torch.Tensor) -> torch.Tensor:
     """Computes the output in float64."""
     bias = None if module.bias is None else module.bias.double()
     y = F.linear(x.double(), module.weight.double(), bias)
@@ -111,13 +111,13 @@ def gated(gate: Tensor, value: Tensor) -> Tensor:
 def layers(*, gate: bool = False, bias: bool = True) -> nn.ModuleList:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        inner = PackingLinear(32, HIDDEN * (1 + gate), bias=bias, gelu=not gate)
-        mlp = nn.ModuleList([inner, PackingLinear(HIDDEN, 48, bias=bias)])
+        inner = FastLinear(32, HIDDEN * (1 + gate), bias=bias, gelu=not gate)
+        mlp = nn.ModuleList([inner, FastLinear(HIDDEN, 48, bias=bias)])
     set_packing(mlp.requires_grad_(requires_grad=False).bfloat16(), enabled=True)
     return mlp
 
 
-def in_float64(x: Tensor, inner: PackingLinear, outer: PackingLinear, *, gate: bool) -> Tensor:
+def in_float64(x: Tensor, inner: FastLinear, outer: FastLinear, *, gate: bool) -> Tensor:
     hidden = F.linear(x.double(), inner.weight.double(), None if inner.bias is None else inner.bias.double())
     hidden = gated(*hidden.chunk(2, dim=-1)) if gate else F.gelu(hidden, approximate="tanh")
     return F.linear(hidden, outer.weight.double(), None if outer.bias is None else outer.bias.double())
