@@ -17,7 +17,6 @@ from dataclasses import KW_ONLY, dataclass, fields
 from typing import Any, ClassVar, Literal, TypeAlias, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from maskgit_pl.checks import check_integer, check_keys, check_number, describe_wrong_values, validate

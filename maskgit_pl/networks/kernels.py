@@ -2,15 +2,13 @@
 
 Transformers are built of ``FastLinear``, ``feed_forward``, ``attend`` and ``rms_norm``; heads multiply by ``linear``.
 
-1. ``torch.nn.functional.linear`` multiplies float32 by MKL. Where oneDNN is faster (``devices.multiplies_by_onednn``, a
-   rule and no timing, so that a run resumes with the same bits), ``linear`` takes it forward and backward.
-2. A product first copies the weight to blocks that fit the instructions. ``FastLinear`` does it once for inference:
-   ``set_packing`` turns this on, which ``MaskGIT`` does for the networks that it loads. Weights are packed by oneDNN, in
-   float32 where it multiplies them and in bfloat16 on CPUs with bfloat16 instructions. The packed copy takes as much
-   memory as the weight. A weight is packed again when it has changed (``networks.watch``).
+1. torch multiplies float32 by MKL. Where oneDNN is faster (``multiplies_by_onednn``), ``linear`` uses it, forward and
+   backward.
+2. A product first copies the weight to blocks that fit the instructions. ``FastLinear`` does it once for inference after
+   ``set_packing``, which ``MaskGIT`` calls. oneDNN packs float32 where it multiplies it, and bfloat16 on CPUs with
+   instructions for it. The copy takes as much memory as the weight, and is renewed when it has changed (``watch``).
 
-Everywhere else, and for compiled and exported graphs, both are the plain product of torch. Outputs are the same to
-rounding.
+Elsewhere, and in compiled and exported graphs, both are the plain product of torch. Outputs are the same to rounding.
 """
 
 from __future__ import annotations
@@ -49,22 +47,20 @@ _multiplies_by_onednn = cache(multiplies_by_onednn)
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Computes ``torch.nn.functional.linear``, with its gradients, by the library that is faster on this CPU.
 
-    A second derivative raises ``RuntimeError`` where the library is oneDNN.
+    By oneDNN, a second derivative raises ``RuntimeError``.
 
     Args:
-        x: (..., in).
-        weight: (out, in).
-        bias: (out,); None for zero.
+        x: (..., in) float.
+        weight: (out, in) float.
+        bias: (out,) float; None for zero.
 
     Returns:
-        (..., out).
+        (..., out) float.
     """
-    if weight.dtype != torch.float32 or not _multiplies_by_onednn() or not _are_plain(x, weight, weight.shape[1]):
+    if not _are_plain(x, weight, weight.shape[1]) or x.dtype != torch.float32 or not _multiplies_by_onednn():
         return F.linear(x, weight, bias)
-    if torch.is_grad_enabled():
-        product: Tensor = _Product.apply(x, weight, bias)  # type: ignore[no-untyped-call]  # torch: untyped
-        return product
-    return _multiply(x, weight, bias)
+    product: Tensor = (_Product.apply if torch.is_grad_enabled() else _multiply)(x, weight, bias)
+    return product
 
 
 class _Product(torch.autograd.Function):
@@ -76,14 +72,14 @@ class _Product(torch.autograd.Function):
         return _multiply(x, weight, bias)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]  # torch: untyped
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        rows, (needs_x, needs_weight, needs_bias) = grad.reshape(-1, grad.shape[-1]), ctx.needs_input_grad
+        grads, rows = (part.reshape(-1, part.shape[-1]) for part in (grad, x))
         return (
-            _multiply(grad, weight.t()) if needs_x else None,
-            _multiply(rows.t(), x.reshape(-1, x.shape[-1]).t()) if needs_weight else None,
-            rows.sum(0) if needs_bias else None,
+            _multiply(grad, weight.t()) if ctx.needs_input_grad[0] else None,
+            _multiply(grads.t(), rows.t()) if ctx.needs_input_grad[1] else None,
+            grads.sum(0) if ctx.needs_input_grad[2] else None,
         )
 
 
@@ -98,11 +94,12 @@ def _are_plain(x: Tensor, weight: Tensor, width: int) -> bool:
     """Returns True if x (..., width) and a weight may be given to oneDNN, whose products check nothing."""
     return (
         not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()  # type: ignore[no-untyped-call]  # torch: untyped
+        and not torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]  # torch: untyped
         and not torch.is_autocast_enabled("cpu")
         and x.dtype == weight.dtype
         and x.device.type == weight.device.type == "cpu"
         and x.ndim > 0
+        and x.numel() > 0
         and x.shape[-1] == width  # oneDNN reads beyond the memory of a packed weight
         and type(x) is Tensor  # no DTensor or fake tensor
         and type(weight) in (Tensor, nn.Parameter)
@@ -110,11 +107,10 @@ def _are_plain(x: Tensor, weight: Tensor, width: int) -> bool:
 
 
 class FastLinear(nn.Linear):
-    """A linear layer, with GELU if asked for, that multiplies by ``linear`` and packs its weight for inference on a CPU.
+    """A layer that multiplies by ``linear``, with GELU if asked for, and packs its weight for inference on a CPU.
 
-    The weight stays a parameter. It is packed at the first call without gradients after ``set_packing``, and
-    again after an optimizer step or an operation in place. ``WeightWatch`` names the changes that nothing
-    counts; call ``free_packed`` after them.
+    The weight stays a parameter. It is packed at the first call without gradients after ``set_packing``, and again
+    after an optimizer step or an operation in place. Call ``free_packed`` after changes that nothing counts.
 
     Args:
         in_features: Size of the input.
@@ -237,16 +233,14 @@ def feed_forward(
 ) -> Tensor:
     """Returns the output of an MLP, ``outer(inner(x))``.
 
-    Packed bfloat16 products are so fast that the second layer waits for hidden values that have left the
-    cache. With many rows, some of the hidden values are therefore computed and multiplied at once, and the
-    products of these parts are added, which is the same to rounding.
+    Packed bfloat16 products are so fast that the second layer waits for hidden values that have left the cache. With
+    many rows, some of them are therefore computed and multiplied at once, and the products of these parts are added.
 
     Args:
         x: (..., D).
         inner: Layer (..., D) -> (..., H) with the activation; (..., D) -> (..., 2 H) with ``gate``.
         outer: Layer (..., H) -> (..., E).
-        gate: Function of both halves of the output of ``inner``, (..., H) each, to hidden values (..., H). It
-            works value by value.
+        gate: Function, value by value, of both halves of the output of ``inner`` to hidden values (..., H).
         to: (..., E), to which the output is added; None for zero.
 
     Returns:
@@ -269,9 +263,9 @@ def feed_forward(
 def attend(query: Tensor, key: Tensor, value: Tensor, *, dropout: float = 0.0, is_causal: bool = False) -> Tensor:
     """Computes attention, softmax(q k^T / sqrt(d)) v, for each image and head.
 
-    In bfloat16 on a CPU, two products and a softmax are often faster than torch's fused attention. In training they
-    take 0.6 to 0.9 of its time for 257 keys, and half of it with dropout. Without gradients they take 0.6 of it on
-    CPUs without AMX, if the scores stay in the cache. The scores are then rounded to bfloat16.
+    In bfloat16 on a CPU, two products and a softmax, whose scores are rounded to bfloat16, take 0.6 to 0.9 of the time
+    of torch's fused attention in training, and half of it with dropout. Without gradients they take 0.6 of it on CPUs
+    without AMX, if the scores stay in the cache.
 
     Args:
         query: (B, heads, M, d).
@@ -367,8 +361,7 @@ def _can_pack(weight: Tensor) -> bool:
 @cache
 def _packed_dtypes() -> tuple[torch.dtype, ...]:
     """Returns the dtypes whose products are faster with packed weights on this CPU."""
-    supports = {torch.float32: _multiplies_by_onednn(), torch.bfloat16: has_bfloat16("cpu")}
-    return tuple(dtype for dtype, is_supported in supports.items() if is_supported)
+    return (torch.float32,) * _multiplies_by_onednn() + (torch.bfloat16,) * has_bfloat16("cpu")
 
 
 @cache
