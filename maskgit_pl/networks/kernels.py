@@ -4,9 +4,9 @@ Transformers are built of ``FastLinear``, ``feed_forward``, ``attend`` and ``rms
 
 1. torch multiplies float32 by MKL. Where oneDNN is faster (``multiplies_by_onednn``), ``linear`` uses it, forward and
    backward.
-2. A product first copies the weight to blocks that fit the instructions. ``FastLinear`` does it once for inference after
-   ``set_packing``, which ``MaskGIT`` calls. oneDNN packs float32 where it multiplies it, and bfloat16 on CPUs with
-   instructions for it. The copy takes as much memory as the weight, and is renewed when it has changed (``watch``).
+2. A product first copies the weight to blocks that fit the instructions. ``FastLinear`` does it once for inference,
+   after ``set_packing``, which ``MaskGIT`` calls. oneDNN packs float32 where it multiplies it, and bfloat16 on CPUs
+   with instructions for it. The copy takes as much memory as the weight, and is renewed after changes (``watch``).
 
 Elsewhere, and in compiled and exported graphs, both are the plain product of torch. Outputs are the same to rounding.
 """
