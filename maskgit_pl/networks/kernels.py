@@ -22,7 +22,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from maskgit_pl.devices import has_amx, has_bfloat16, multiplies_by_onednn
 from maskgit_pl.networks.watch import count_changes
@@ -47,8 +46,6 @@ _multiplies_by_onednn = cache(multiplies_by_onednn)
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Computes ``torch.nn.functional.linear``, with its gradients, by the library that is faster on this CPU.
 
-    By oneDNN, a second derivative raises ``RuntimeError``.
-
     Args:
         x: (..., in) float.
         weight: (out, in) float.
@@ -72,13 +69,14 @@ class _Product(torch.autograd.Function):
         return _multiply(x, weight, bias)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
+        # With create_graph, gradients have gradients: torch's own products have them.
+        multiply = F.linear if torch.is_grad_enabled() else _multiply
         grads, rows = (part.reshape(-1, part.shape[-1]) for part in (grad, x))
         return (
-            _multiply(grad, weight.t()) if ctx.needs_input_grad[0] else None,
-            _multiply(grads.t(), rows.t()) if ctx.needs_input_grad[1] else None,
+            multiply(grad, weight.t()) if ctx.needs_input_grad[0] else None,
+            multiply(grads.t(), rows.t()) if ctx.needs_input_grad[1] else None,
             grads.sum(0) if ctx.needs_input_grad[2] else None,
         )
 

@@ -107,8 +107,16 @@ def test_gradients_are_the_same_with_checkpoints_and_expanded_gradients(by_onedn
     plain = torch.autograd.grad(layer(x).sum(), inputs)
     again = torch.autograd.grad(checkpoint(layer, x, use_reentrant=False).sum(), inputs)
     assert all(map(torch.equal, plain, again))
-    with pytest.raises(RuntimeError, match="twice"):
-        torch.autograd.grad(linear(x, layer.weight).sum(), layer.weight, create_graph=True)[0].sum().backward()
+
+
+def test_gradients_of_gradients_are_those_of_torch(by_onednn):
+    x, weight = torch.randn(3, 48, requires_grad=True), torch.randn(80, 48, requires_grad=True)
+    found, expected = (
+        torch.autograd.grad(torch.autograd.grad(y.sum() + y.square().sum(), x, create_graph=True)[0].sum(), (x, weight))
+        for y in (linear(x, weight), F.linear(x, weight))
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
+    assert by_onednn
 
 
 def test_other_inputs_take_the_product_of_torch(by_onednn):
