@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from maskgit_pl import devices
 from maskgit_pl.devices import (
     check_device,
     default_device,
@@ -10,6 +11,7 @@ from maskgit_pl.devices import (
     find_device,
     has_amx,
     has_bfloat16,
+    multiplies_by_onednn,
     parse_dtype,
 )
 
@@ -80,3 +82,25 @@ def test_bfloat16_is_chosen_where_the_cpu_has_instructions_for_it(monkeypatch, k
     assert has_bfloat16("cpu") == expected
     assert parse_dtype("auto", "cpu") == (torch.bfloat16 if expected else torch.float32)
     assert (parse_dtype("bfloat16", "cpu"), parse_dtype(None, "cpu")) == (torch.bfloat16, None)
+
+
+@pytest.mark.parametrize(
+    ("vendor", "family", "flags", "is_faster"),
+    [
+        ("AuthenticAMD", 26, "avx2 avx512f avx512_bf16", True),  # Zen 5
+        ("AuthenticAMD", 26, "avx2", False),  # the same without AVX-512, as virtual machines may be
+        ("AuthenticAMD", 25, "avx2 avx512f avx512_bf16", False),  # Zen 4
+        ("AuthenticAMD", 25, "avx2", False),  # Zen 3
+        ("GenuineIntel", 6, "avx2 avx512f avx512_bf16 amx_bf16", False),
+        (None, None, "", False),  # no such lines, as on ARM
+    ],
+)
+def test_float32_is_multiplied_by_onednn_on_amd_from_zen_5_on(monkeypatch, tmp_path, vendor, family, flags, is_faster):
+    path = tmp_path / "cpuinfo"
+    monkeypatch.setattr(devices, "_CPUINFO", path)
+    assert not multiplies_by_onednn()  # no such file, as on macOS
+    lines = f"vendor_id\t: {vendor}\ncpu family\t: {family}\nmodel\t\t: 2\nflags\t\t: fpu {flags}\n\n"
+    path.write_text(2 * f"processor\t: 0\n{lines if vendor else ''}")
+    assert multiplies_by_onednn() == is_faster
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert not multiplies_by_onednn()

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from maskgit_pl.checks import check_integer
 from maskgit_pl.networks.backbone import AutoregressiveBackbone, KVCache, PredictAt, TokenEmbedding, backbones
 from maskgit_pl.networks.base_transformer import LARGEST_SIZES, Transformer, TransformerSizes
-from maskgit_pl.networks.kernels import PackingLinear, attend, feed_forward, rms_norm
+from maskgit_pl.networks.kernels import FastLinear, attend, feed_forward, rms_norm
 
 Modulation: TypeAlias = tuple[Tensor, ...]
 """shift_1, 1 + scale_1, gate_1, shift_2, 1 + scale_2 and gate_2, (B, 1, D) each."""
@@ -108,13 +108,13 @@ class AdaLNBlock(nn.Module):
         self.num_heads, self.dropout = config.num_heads, config.dropout
         self.is_causal = config.attention == "causal"
         # The norms have no weights: the scale of the condition has a bias.
-        self.modulation = PackingLinear(dim, 6 * dim)
-        self.query = PackingLinear(dim, heads_dim, bias=False)
-        self.key_value = PackingLinear(dim, 2 * heads_dim, bias=False)
-        self.proj = PackingLinear(heads_dim, dim, bias=False)
+        self.modulation = FastLinear(dim, 6 * dim)
+        self.query = FastLinear(dim, heads_dim, bias=False)
+        self.key_value = FastLinear(dim, 2 * heads_dim, bias=False)
+        self.proj = FastLinear(heads_dim, dim, bias=False)
         # Rows of the weight: the gate g, then the value v.
-        self.fc1 = PackingLinear(dim, 2 * config.mlp_dim, bias=False)
-        self.fc2 = PackingLinear(config.mlp_dim, dim, bias=False)
+        self.fc1 = FastLinear(dim, 2 * config.mlp_dim, bias=False)
+        self.fc2 = FastLinear(config.mlp_dim, dim, bias=False)
 
     def modulate(self, condition: Tensor) -> Modulation:
         """Returns the modulation of a condition (B, D)."""
@@ -199,7 +199,7 @@ class AdaLNTransformer(Transformer):
             nn.Parameter(torch.zeros(config.condition_dim)) if config.condition_dim and has_null else None
         )
         self.blocks.extend(AdaLNBlock(config) for _ in range(config.depth))
-        self.head_modulation = PackingLinear(dim, 2 * dim)
+        self.head_modulation = FastLinear(dim, 2 * dim)
         self.head_bias = nn.Parameter(torch.zeros(config.num_rows))
         self.apply(_initialise)
         for module in (self.head_modulation, *(block.modulation for block in self._blocks())):

@@ -17,10 +17,10 @@ from dataclasses import KW_ONLY, dataclass, fields
 from typing import Any, ClassVar, Literal, TypeAlias, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from maskgit_pl.checks import check_integer, check_keys, check_number, describe_wrong_values, validate
+from maskgit_pl.networks.kernels import linear
 from maskgit_pl.networks.weights import skeletons
 from maskgit_pl.registry import Registry, derives_from
 from maskgit_pl.text import shorten
@@ -554,5 +554,5 @@ def token_head(
     groups, rows = config.num_token_groups, config.num_columns(vocabulary)
     table, bias = table[:rows], bias[:rows]
     if groups == 1 or vocabulary == "groups":
-        return lambda x: F.linear(x, table, bias)
-    return lambda x: compose_logits(F.linear(x, table, bias), num_groups=groups)
+        return lambda x: linear(x, table, bias)
+    return lambda x: compose_logits(linear(x, table, bias), num_groups=groups)

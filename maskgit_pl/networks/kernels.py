@@ -1,17 +1,18 @@
-"""Linear layers, MLPs, attention and norms for inference on a CPU, with weights in the layout that products read.
+"""Linear layers, MLPs, attention and norms that are fast on a CPU.
 
-Transformers are built of ``PackingLinear``, ``feed_forward``, ``attend`` and ``rms_norm``. ``set_packing`` turns
-packing on, which ``MaskGIT`` does for the networks that it loads.
+Transformers are built of ``FastLinear``, ``feed_forward``, ``attend`` and ``rms_norm``; heads multiply by ``linear``.
 
-A matrix product on a CPU first copies the weight to blocks that fit its instructions. For a few hundred rows, as in
-decoding, this takes a fifth to a half of the time. ``PackingLinear`` copies it once. float32 weights are packed by MKL,
-bfloat16 weights by oneDNN on CPUs with bfloat16 instructions. The packed copy takes as much memory as the weight.
-Outputs are those of a plain layer to rounding. A weight is packed again when it has changed (``WeightWatch``).
+1. torch multiplies float32 by MKL. Where oneDNN is faster (``multiplies_by_onednn``), ``linear`` uses it, forward and
+   backward.
+2. A product first copies the weight to blocks that fit the instructions. ``FastLinear`` does it once for inference,
+   after ``set_packing``, which ``MaskGIT`` calls. oneDNN packs float32 where it multiplies it, and bfloat16 on CPUs
+   with instructions for it. The copy takes as much memory as the weight, and is renewed after changes (``watch``).
+
+Elsewhere, and in compiled and exported graphs, both are the plain product of torch. Outputs are the same to rounding.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -21,18 +22,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from maskgit_pl.devices import has_amx, has_bfloat16
+from maskgit_pl.devices import has_amx, has_bfloat16, multiplies_by_onednn
+from maskgit_pl.networks.watch import count_changes
 
 _Part = tuple[int, int, int]
 """A part of a weight: the dimension, 0 for rows and 1 for columns; the first of them; the last one + 1."""
 
 _Gate = Callable[[Tensor, Tensor], Tensor]
 
-_USUAL_ROWS = 256  # of an input, for which MKL chooses its blocks; the result does not depend on it
-_ROWS_IN_CACHE = 32  # on which GELU works at once
-_GELU_SCALE = 2 * math.sqrt(2 / math.pi)
 # Bytes of hidden values per thread above which two parts, or parts of at least 1024 values, are faster.
 _HALVED, _SPLIT = 2_000_000, 4_000_000
 _SMALLEST_PART = 1024
@@ -41,19 +39,76 @@ _SMALLEST_PART = 1024
 _MANY_KEYS, _SCORE_BYTES = 128, 4_000_000
 _FEW_KEYS = 512
 
-# All entries of a tensor of at most 4096 are compared, else every 509th: the number is prime, so they lie in different
-# columns. For the released size this takes 0.3 % of the time of one image on a CPU; all entries take 1.2 to 2.4 %.
-_SMALL_WEIGHT, _STRIDE = 4096, 509
-
 _has_amx = cache(has_amx)
+_multiplies_by_onednn = cache(multiplies_by_onednn)
 
 
-class PackingLinear(nn.Linear):
-    """A linear layer, with GELU if asked for, that packs its weight for inference on a CPU.
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Computes ``torch.nn.functional.linear``, with its gradients, by the library that is faster on this CPU.
 
-    The weight stays a parameter. It is packed at the first call without gradients after ``set_packing``, and
-    again after an optimizer step or an operation in place. ``WeightWatch`` names the changes that nothing
-    counts; call ``free_packed`` after them.
+    Args:
+        x: (..., in) float.
+        weight: (out, in) float.
+        bias: (out,) float; None for zero.
+
+    Returns:
+        (..., out) float.
+    """
+    if not _are_plain(x, weight, weight.shape[1]) or x.dtype != torch.float32 or not _multiplies_by_onednn():
+        return F.linear(x, weight, bias)
+    product: Tensor = (_Product.apply if torch.is_grad_enabled() else _multiply)(x, weight, bias)
+    return product
+
+
+class _Product(torch.autograd.Function):
+    """``linear`` by oneDNN, whose products have no gradients of their own."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return _multiply(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        # With create_graph, gradients have gradients: torch's own products have them.
+        multiply = F.linear if torch.is_grad_enabled() else _multiply
+        grads, rows = (part.reshape(-1, part.shape[-1]) for part in (grad, x))
+        return (
+            multiply(grad, weight.t()) if ctx.needs_input_grad[0] else None,
+            multiply(grads.t(), rows.t()) if ctx.needs_input_grad[1] else None,
+            grads.sum(0) if ctx.needs_input_grad[2] else None,
+        )
+
+
+def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, gelu: bool = False) -> Tensor:
+    """Returns the product of oneDNN with a weight as it is or packed, with GELU in its tanh form if asked for."""
+    operation, form = ("gelu", "tanh") if gelu else ("none", "")
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, operation, [], form)
+    return product
+
+
+def _are_plain(x: Tensor, weight: Tensor, width: int) -> bool:
+    """Returns True if x (..., width) and a weight may be given to oneDNN, whose products check nothing."""
+    return (
+        not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]  # torch: untyped
+        and not torch.is_autocast_enabled("cpu")
+        and x.dtype == weight.dtype
+        and x.device.type == weight.device.type == "cpu"
+        and x.ndim > 0
+        and x.numel() > 0
+        and x.shape[-1] == width  # oneDNN reads beyond the memory of a packed weight
+        and type(x) is Tensor  # no DTensor or fake tensor
+        and type(weight) in (Tensor, nn.Parameter)
+    )
+
+
+class FastLinear(nn.Linear):
+    """A layer that multiplies by ``linear``, with GELU if asked for, and packs its weight for inference on a CPU.
+
+    The weight stays a parameter. It is packed at the first call without gradients after ``set_packing``, and again
+    after an optimizer step or an operation in place. Call ``free_packed`` after changes that nothing counts.
 
     Args:
         in_features: Size of the input.
@@ -80,14 +135,10 @@ class PackingLinear(nn.Linear):
         packed = self._obtain_packed(x, weight, (0, first, last))
         if last - first < self.out_features:  # the whole is no view, which FSDP2 and compilation prefer
             weight, bias = weight[first:last], None if bias is None else bias[first:last]
-        if packed is None:
-            return self._activate(F.linear(x, weight, bias))
-        if x.dtype == torch.bfloat16:
-            operation, form = ("gelu", "tanh") if self.gelu else ("none", "")
-            fused: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, operation, [], form)
-            return fused
-        out: Tensor = torch.ops.mkl._mkl_linear(x, packed, weight, bias, x.numel() // x.shape[-1])
-        return _apply_gelu(out) if self.gelu else out
+        if packed is not None:
+            return _multiply(x, packed, bias, gelu=self.gelu)
+        out = linear(x, weight, bias)
+        return F.gelu(out, approximate="tanh") if self.gelu else out
 
     def add_part(self, to: Tensor | None, x: Tensor, first: int, last: int) -> Tensor:
         """Adds the product of the inputs ``first`` to ``last`` - 1, without GELU, and the bias with the first input.
@@ -103,15 +154,12 @@ class PackingLinear(nn.Linear):
         """
         weight, bias = self.weight, self.bias if first == 0 else None
         is_all = last - first == self.in_features
-        packed = None
-        if x.dtype == torch.bfloat16:
-            packed = self._obtain_packed(x, weight, (0, 0, self.out_features) if is_all else (1, first, last))
+        packed = self._obtain_packed(x, weight, (0, 0, self.out_features) if is_all else (1, first, last))
         if packed is None:
-            product = F.linear(x, weight if is_all else weight[:, first:last], bias)
+            product = linear(x, weight if is_all else weight[:, first:last], bias)
             return product if to is None else to + product
         if to is None:
-            started: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
-            return started
+            return _multiply(x, packed, bias)
         added: Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, to, packed, bias, "add")
         return added
 
@@ -127,13 +175,7 @@ class PackingLinear(nn.Linear):
 
     def _reads_packed(self, x: Tensor, weight: Tensor, width: int) -> bool:
         """Returns True if an input of ``width`` values may be multiplied with a packed weight."""
-        return (
-            self.packs
-            and x.dtype == weight.dtype
-            and x.ndim > 0
-            and x.shape[-1] == width  # the packed product does not check it, and reads beyond the memory
-            and not torch.is_grad_enabled()
-        )
+        return self.packs and not torch.is_grad_enabled() and _are_plain(x, weight, width)
 
     def _obtain_packed(self, x: Tensor, weight: Tensor, part: _Part) -> Tensor | None:
         """Returns the packed part of the weight, packed now if it is new or has changed; None if x cannot read it."""
@@ -145,12 +187,10 @@ class PackingLinear(nn.Linear):
         if packed is None or not packed.is_of(weight):
             if not _can_pack(weight):
                 return None
-            rows = weight.detach().narrow(dimension, first, last - first)
-            packed = self._packed[part] = _Packed(weight.detach(), _count_changes(weight), _pack(rows))
+            rows = weight.detach().narrow(dimension, first, last - first).contiguous()
+            blocks = torch.ops.mkldnn._reorder_linear_weight(rows)
+            packed = self._packed[part] = _Packed(weight.detach(), count_changes(weight), blocks)
         return packed.data
-
-    def _activate(self, x: Tensor) -> Tensor:
-        return F.gelu(x, approximate="tanh") if self.gelu else x
 
     def __getstate__(self) -> dict[str, Any]:
         """Returns the state for copies and pickles, which pack for themselves."""
@@ -161,11 +201,11 @@ def set_packing(network: nn.Module, *, enabled: bool) -> None:
     """Lets the linear layers of a network pack their weights, or stops it and frees the packed weights.
 
     Args:
-        network: Network whose ``PackingLinear`` layers are set.
+        network: Network whose ``FastLinear`` layers are set.
         enabled: True packs at the next call without gradients, if the weights are on a CPU that gains by it.
     """
     for layer in network.modules():
-        if isinstance(layer, PackingLinear):
+        if isinstance(layer, FastLinear):
             layer.packs = enabled
     if not enabled:
         free_packed(network)
@@ -174,33 +214,31 @@ def set_packing(network: nn.Module, *, enabled: bool) -> None:
 def free_packed(network: nn.Module) -> None:
     """Frees the packed weights of a network, such as those of a device that it has left."""
     for layer in network.modules():
-        if isinstance(layer, PackingLinear):
+        if isinstance(layer, FastLinear):
             layer._packed.clear()
 
 
-def add_output(to: Tensor, layer: PackingLinear, x: Tensor) -> Tensor:
-    """Returns ``to + layer(x)``, the sum of a residual; to rounding, if a packed bfloat16 product can add it itself."""
-    if x.dtype == torch.bfloat16 and layer.packs_for(x):
+def add_output(to: Tensor, layer: FastLinear, x: Tensor) -> Tensor:
+    """Returns ``to + layer(x)``, the sum of a residual; to rounding, if a packed product can add it itself."""
+    if layer.packs_for(x):
         return layer.add_part(to, x, 0, layer.in_features)
     out: Tensor = to + layer(x)
     return out
 
 
 def feed_forward(
-    x: Tensor, inner: PackingLinear, outer: PackingLinear, gate: _Gate | None = None, *, to: Tensor | None = None
+    x: Tensor, inner: FastLinear, outer: FastLinear, gate: _Gate | None = None, *, to: Tensor | None = None
 ) -> Tensor:
     """Returns the output of an MLP, ``outer(inner(x))``.
 
-    Packed bfloat16 products are so fast that the second layer waits for hidden values that have left the
-    cache. With many rows, some of the hidden values are therefore computed and multiplied at once, and the
-    products of these parts are added, which is the same to rounding.
+    Packed bfloat16 products are so fast that the second layer waits for hidden values that have left the cache. With
+    many rows, some of them are therefore computed and multiplied at once, and the products of these parts are added.
 
     Args:
         x: (..., D).
         inner: Layer (..., D) -> (..., H) with the activation; (..., D) -> (..., 2 H) with ``gate``.
         outer: Layer (..., H) -> (..., E).
-        gate: Function of both halves of the output of ``inner``, (..., H) each, to hidden values (..., H). It
-            works value by value.
+        gate: Function, value by value, of both halves of the output of ``inner`` to hidden values (..., H).
         to: (..., E), to which the output is added; None for zero.
 
     Returns:
@@ -223,9 +261,9 @@ def feed_forward(
 def attend(query: Tensor, key: Tensor, value: Tensor, *, dropout: float = 0.0, is_causal: bool = False) -> Tensor:
     """Computes attention, softmax(q k^T / sqrt(d)) v, for each image and head.
 
-    In bfloat16 on a CPU, two products and a softmax are often faster than torch's fused attention. In training they
-    take 0.6 to 0.9 of its time for 257 keys, and half of it with dropout. Without gradients they take 0.6 of it on
-    CPUs without AMX, if the scores stay in the cache. The scores are then rounded to bfloat16.
+    In bfloat16 on a CPU, two products and a softmax, whose scores are rounded to bfloat16, take 0.6 to 0.9 of the time
+    of torch's fused attention in training, and half of it with dropout. Without gradients they take 0.6 of it on CPUs
+    without AMX, if the scores stay in the cache.
 
     Args:
         query: (B, heads, M, d).
@@ -268,7 +306,7 @@ def rms_norm(x: Tensor, *, eps: float) -> Tensor:
 
 
 def _sum_parts(
-    x: Tensor, inner: PackingLinear, outer: PackingLinear, gate: _Gate | None, to: Tensor | None, num_parts: int
+    x: Tensor, inner: FastLinear, outer: FastLinear, gate: _Gate | None, to: Tensor | None, num_parts: int
 ) -> Tensor:
     hidden_dim = outer.in_features
     for first, last in pairwise(range(0, hidden_dim + 1, hidden_dim // num_parts)):
@@ -296,8 +334,8 @@ class _Packed:
 
     Args:
         source: The whole weight. While it is kept, no other weight can have its memory.
-        changes: ``_count_changes`` of the weight when it was packed.
-        data: Packed part, of MKL or oneDNN.
+        changes: ``count_changes`` of the weight when it was packed.
+        data: Packed part.
     """
 
     source: Tensor
@@ -306,7 +344,7 @@ class _Packed:
 
     def is_of(self, weight: Tensor) -> bool:
         """Returns True if a weight is the one that was packed, unchanged."""
-        return self.source.data_ptr() == weight.data_ptr() and self.changes == _count_changes(weight)
+        return self.source.data_ptr() == weight.data_ptr() and self.changes == count_changes(weight)
 
 
 def _can_pack(weight: Tensor) -> bool:
@@ -321,100 +359,10 @@ def _can_pack(weight: Tensor) -> bool:
 @cache
 def _packed_dtypes() -> tuple[torch.dtype, ...]:
     """Returns the dtypes whose products are faster with packed weights on this CPU."""
-    dtypes = []
-    if torch.backends.mkl.is_available():  # type: ignore[no-untyped-call]  # torch: untyped
-        dtypes.append(torch.float32)
-    if has_bfloat16("cpu"):
-        dtypes.append(torch.bfloat16)
-    return tuple(dtypes)
+    return (torch.float32,) * _multiplies_by_onednn() + (torch.bfloat16,) * has_bfloat16("cpu")
 
 
 @cache
 def _multiplies_bfloat16() -> bool:
     """Returns True for a CPU with instructions for bfloat16, but not for tiles of it."""
     return has_bfloat16("cpu") and not has_amx()
-
-
-def _pack(weight: Tensor) -> Tensor:
-    """Packs a weight (out, in) or a part of it, float32 or bfloat16."""
-    if weight.dtype == torch.bfloat16:
-        blocks: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
-        return blocks
-    panels: Tensor = torch.ops.mkl._mkl_reorder_linear_weight(weight.contiguous(), _USUAL_ROWS)
-    return panels
-
-
-def _apply_gelu(x: Tensor) -> Tensor:
-    """Replaces a float32 tensor (..., D) by its GELU in the tanh form, and returns it.
-
-    With u = sqrt(2 / pi) (x + 0.044715 x^3), 0.5 x (1 + tanh u) = x sigmoid(2 u). Operations on rows that
-    stay in the cache take two thirds of the time of torch's GELU.
-    """
-    scale = torch.tensor(_GELU_SCALE)
-    for rows in torch.split(x.view(-1, x.shape[-1]), _ROWS_IN_CACHE):
-        rows.mul_(torch.addcmul(scale, rows, rows, value=_GELU_SCALE * 0.044715).mul_(rows).sigmoid_())
-    return x
-
-
-class WeightWatch:
-    """Detects changes of the weights of a network, so that nothing computed from old weights is used after them.
-
-    torch counts operations in place, such as those of ``load_state_dict``. It does not count fused optimizers, nor
-    writes to ``weight.data`` or to the memory of a weight through NumPy. The changes are therefore found in three ways:
-
-    1. ``Tensor._version`` counts operations in place.
-    2. A hook counts the steps of all optimizers of the process.
-    3. A sample of the weights is compared with their earlier values, which finds the writes that nothing
-       counts. Only writes to few entries can stay unnoticed.
-
-    ``PackingLinear`` uses 1 and 2 at every call, a pipeline all three at every call of its methods.
-
-    Args:
-        network: The network. Its parameters and buffers are compared.
-    """
-
-    def __init__(self, network: nn.Module) -> None:
-        self._network = network
-        self._marks: list[tuple[int, tuple[int, int]]] = []
-        self._parts: list[Tensor] = []  # views of the weights
-        self._sample = torch.empty(0)
-        self.has_changed()
-
-    def has_changed(self) -> bool:
-        """Returns True if the weights may have changed since the last call, at first since the watch was made."""
-        weights = [*self._network.parameters(), *self._network.buffers()]
-        marks = [(weight.data_ptr(), _count_changes(weight)) for weight in weights]
-        is_counted = marks != self._marks
-        if is_counted:
-            self._marks, self._parts = marks, [_view_sample(weight) for weight in weights]
-        sample, before = torch.cat(self._parts), self._sample
-        self._sample = sample
-        return is_counted or not torch.equal(sample, before)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Returns the state for copies and pickles, which have other memory."""
-        return self.__dict__ | {"_marks": [], "_parts": [], "_sample": torch.empty(0)}
-
-
-def _view_sample(weight: Tensor) -> Tensor:
-    """Returns the compared entries of a weight: a view, if the weight is contiguous."""
-    return weight.detach().reshape(-1)[:: _STRIDE if weight.numel() > _SMALL_WEIGHT else 1]
-
-
-def _count_changes(weight: Tensor) -> tuple[int, int]:
-    """Returns two numbers that differ after an optimizer step and after an operation in place on a weight."""
-    # torch does not count the changes of tensors that were made in inference mode.
-    return _Steps.count, 0 if weight.is_inference() else weight._version
-
-
-class _Steps:
-    """The number of steps of all optimizers of the process."""
-
-    count = 0
-
-
-def _count_step(*_: object) -> None:
-    _Steps.count += 1
-
-
-register_optimizer_step_post_hook(_count_step)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from maskgit_pl.networks.backbone import AutoregressiveBackbone, KVCache, TokenEmbedding, backbones
 from maskgit_pl.networks.base_transformer import Transformer, TransformerSizes
-from maskgit_pl.networks.kernels import PackingLinear, add_output, attend, feed_forward
+from maskgit_pl.networks.kernels import FastLinear, add_output, attend, feed_forward
 
 _INIT_STD = 0.02  # released code, also BERT's
 _NORM_EPSILON = 1e-12  # of every layer norm; released code, far below torch's default of 1e-5
@@ -82,7 +82,7 @@ class MaskedTransformer(Transformer):
         self.blocks = nn.ModuleList(
             Block(*sizes, dropout=config.dropout, is_causal=is_causal) for _ in range(config.depth)
         )
-        self.head_dense = PackingLinear(config.embed_dim, config.embed_dim, gelu=True)
+        self.head_dense = FastLinear(config.embed_dim, config.embed_dim, gelu=True)
         self.head_norm = nn.LayerNorm(config.embed_dim, eps=_NORM_EPSILON)
         # The head multiplies by the token embedding (tied weights) and adds a bias of its own.
         self.head_bias = nn.Parameter(torch.zeros(config.num_rows))
@@ -190,11 +190,11 @@ class Block(nn.Module):
         self.num_heads = num_heads
         self.dropout = dropout
         self.is_causal = is_causal
-        self.qkv = PackingLinear(embed_dim, 3 * embed_dim)  # rows of the weight: queries, keys, values
-        self.proj = PackingLinear(embed_dim, embed_dim)
+        self.qkv = FastLinear(embed_dim, 3 * embed_dim)  # rows of the weight: queries, keys, values
+        self.proj = FastLinear(embed_dim, embed_dim)
         self.attention_norm = nn.LayerNorm(embed_dim, eps=_NORM_EPSILON)
-        self.fc1 = PackingLinear(embed_dim, mlp_dim, gelu=True)
-        self.fc2 = PackingLinear(mlp_dim, embed_dim)
+        self.fc1 = FastLinear(embed_dim, mlp_dim, gelu=True)
+        self.fc2 = FastLinear(mlp_dim, embed_dim)
         self.mlp_norm = nn.LayerNorm(embed_dim, eps=_NORM_EPSILON)
 
     def forward(self, x: Tensor, rows: Tensor | None = None, *, cache: KVCache | None = None) -> Tensor:

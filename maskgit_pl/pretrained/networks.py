@@ -26,8 +26,9 @@ from maskgit_pl.decoding.corruption import Corruption, corruptions
 from maskgit_pl.files import read_json, sha256_of, write_tensors, write_text
 from maskgit_pl.folders import check_only_known, write_folder
 from maskgit_pl.networks.backbone import Backbone, BackboneConfig, build_config, create_network
-from maskgit_pl.networks.kernels import WeightWatch, free_packed
+from maskgit_pl.networks.kernels import free_packed
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig, to_unit_range
+from maskgit_pl.networks.watch import WeightWatch
 from maskgit_pl.networks.weights import check_tensor, load_network, read_tensors, tensors_digest
 from maskgit_pl.schedules import MaskSchedule, mask_schedules
 from maskgit_pl.text import shorten
@@ -174,7 +175,7 @@ class PretrainedTransformer:
         self.follow_weights()
 
     def follow_weights(self) -> None:
-        """Removes packed weights and kept logits if the weights may have changed; see ``networks.kernels``."""
+        """Removes packed weights and kept logits if the weights may have changed; see ``networks.watch``."""
         if self._watch.has_changed():
             free_packed(self.network)
             self.first_step.clear()

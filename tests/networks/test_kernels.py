@@ -1,4 +1,4 @@
-"""Packed weights give the outputs of plain layers, and follow their weights.
+"""Products of oneDNN are those of torch, forward and backward; packed weights follow their weights.
 
 An MLP in parts has the output of the whole, and holds each packed weight once.
 """
@@ -7,14 +7,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from maskgit_pl.networks import kernels as module
 from maskgit_pl.networks.kernels import (
-    PackingLinear,
-    _apply_gelu,
+    FastLinear,
     _packed_dtypes,
     attend,
     feed_forward,
+    linear,
     rms_norm,
     set_packing,
 )
@@ -28,15 +29,15 @@ DTYPES = [
 ]
 
 
-def layer(dtype: torch.dtype, *, bias: bool = True, gelu: bool = False) -> PackingLinear:
+def layer(dtype: torch.dtype, *, bias: bool = True, gelu: bool = False) -> FastLinear:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        module = PackingLinear(48, 80, bias=bias, gelu=gelu).to(dtype).requires_grad_(requires_grad=False)
+        module = FastLinear(48, 80, bias=bias, gelu=gelu).to(dtype).requires_grad_(requires_grad=False)
     set_packing(module, enabled=True)
     return module
 
 
-def plain(module: PackingLinear, x: torch.Tensor) -> torch.Tensor:
+def plain(module: FastLinear, x: torch.Tensor) -> torch.Tensor:
     """Computes the output in float64."""
     bias = None if module.bias is None else module.bias.double()
     y = F.linear(x.double(), module.weight.double(), bias)
@@ -55,14 +56,98 @@ def test_outputs_are_those_of_a_plain_layer_for_any_number_of_rows(dtype, bias, 
     assert module._packed
 
 
-def test_gelu_in_place_is_exact_to_rounding_for_any_number_and_shape():
-    """The largest difference of torch's own in float32 is 5e-7 here."""
-    numbers = torch.cat([torch.linspace(-12, 12, 99_990), torch.tensor([0.0, -0.0, 1e-30, 88.0, -88.0, 3e18, -3e18])])
-    for x in (numbers.clone(), numbers[:99_990].reshape(3, 11, -1).clone(), numbers[:60].reshape(60, 1).clone()):
-        expected = F.gelu(x.double(), approximate="tanh")
-        out = _apply_gelu(x)
-        assert out.data_ptr() == x.data_ptr()
-        torch.testing.assert_close(out.double(), expected, rtol=4e-7, atol=4e-7)
+def test_torch_has_the_products_of_this_cpu():
+    """They are private: a version of torch without them would be half as fast, and nothing else would tell."""
+    assert hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    assert hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
+    assert torch.backends.mkldnn.is_available()
+
+
+@pytest.fixture
+def by_onednn(monkeypatch) -> list[tuple[int, ...]]:
+    """Lets oneDNN multiply on any CPU, and returns the shapes of the weights that it is given."""
+    shapes, multiply = [], module._multiply
+    monkeypatch.setattr(module, "_multiplies_by_onednn", lambda: True)
+
+    def record(x: Tensor, weight: Tensor, *args: object, **kwargs: bool) -> Tensor:
+        shapes.append(tuple(weight.shape))
+        return multiply(x, weight, *args, **kwargs)
+
+    monkeypatch.setattr(module, "_multiply", record)
+    return shapes
+
+
+NEEDED = [(True, True, True), (True, False, False), (False, True, False), (False, False, True)]
+
+
+@pytest.mark.parametrize("needed", NEEDED, ids=str)
+@pytest.mark.parametrize("num_threads", [1, 2])
+@pytest.mark.parametrize("shape", [(48,), (1, 48), (2, 70, 48), (2, 3, 4, 48), (0, 48), (2, 0, 48)], ids=str)
+def test_products_and_gradients_of_onednn_are_those_of_torch(by_onednn, shape, num_threads, needed):
+    generator, before = torch.Generator().manual_seed(0), torch.get_num_threads()
+    x, weight, bias = (torch.randn(size, generator=generator) for size in (shape, (80, 48), (80,)))
+    wide = torch.randn(*shape[:-1], 60, generator=generator)[..., 6:54]  # not contiguous
+    torch.set_num_threads(num_threads)
+    for inputs in ([x, weight, bias], [wide, weight, bias], [x, weight]):
+        wanted = [tensor.requires_grad_(requires_grad=needs) for tensor, needs in zip(inputs, needed, strict=False)]
+        wanted = [tensor for tensor in wanted if tensor.requires_grad]
+        found, expected = ([product(*inputs)] for product in (linear, F.linear))
+        for outputs in (found, expected) if wanted else ():
+            weights = torch.linspace(-1, 1, outputs[0].numel()).view_as(outputs[0])
+            outputs += torch.autograd.grad(outputs[0], wanted, weights)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        assert [part.stride() for part in found] == [part.stride() for part in expected]
+    torch.set_num_threads(before)
+    assert bool(by_onednn) == (0 not in shape)
+
+
+def test_gradients_are_the_same_with_checkpoints_and_expanded_gradients(by_onednn):
+    layer, x = FastLinear(48, 80, gelu=True), torch.randn(3, 48, requires_grad=True)
+    inputs = [x, *layer.parameters()]
+    plain = torch.autograd.grad(layer(x).sum(), inputs)
+    again = torch.autograd.grad(checkpoint(layer, x, use_reentrant=False).sum(), inputs)
+    assert all(map(torch.equal, plain, again))
+
+
+def test_gradients_of_gradients_are_those_of_torch(by_onednn):
+    x, weight = torch.randn(3, 48, requires_grad=True), torch.randn(80, 48, requires_grad=True)
+    found, expected = (
+        torch.autograd.grad(torch.autograd.grad(y.sum() + y.square().sum(), x, create_graph=True)[0].sum(), (x, weight))
+        for y in (linear(x, weight), F.linear(x, weight))
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
+    assert by_onednn
+
+
+def test_other_inputs_take_the_product_of_torch(by_onednn):
+    weight, x = torch.randn(80, 48), torch.randn(3, 48)
+    for dtype in (torch.float64, torch.bfloat16):
+        assert linear(x.to(dtype), weight.to(dtype)).dtype == dtype
+    with torch.autocast("cpu", torch.bfloat16):
+        assert linear(x, weight).dtype == torch.bfloat16
+    assert linear(x.to("meta"), weight.to("meta")).device.type == "meta"
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        linear(x[:, 1:], weight)
+    assert not by_onednn
+    linear(x, weight)
+    assert by_onednn == [(80, 48)]
+
+
+def trace(layer: nn.Module, x: Tensor) -> torch.Graph:
+    return torch.jit.trace(layer, x, check_trace=False).graph  # the check would call the layer again
+
+
+@pytest.mark.parametrize("record", ["export", "trace"])
+@pytest.mark.filterwarnings("ignore:.*is deprecated:DeprecationWarning")
+def test_graphs_have_the_product_of_torch(by_onednn, record):
+    layer, x = FastLinear(48, 80).eval(), torch.randn(3, 48)
+    set_packing(layer, enabled=True)
+    with torch.no_grad():
+        graph = torch.export.export(layer, (x,)).graph if record == "export" else trace(layer, x)
+    assert "aten" in str(graph)
+    assert "linear" in str(graph)
+    assert "mkldnn" not in str(graph)
+    assert not by_onednn
 
 
 @torch.no_grad()
@@ -111,13 +196,13 @@ def gated(gate: Tensor, value: Tensor) -> Tensor:
 def layers(*, gate: bool = False, bias: bool = True) -> nn.ModuleList:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        inner = PackingLinear(32, HIDDEN * (1 + gate), bias=bias, gelu=not gate)
-        mlp = nn.ModuleList([inner, PackingLinear(HIDDEN, 48, bias=bias)])
+        inner = FastLinear(32, HIDDEN * (1 + gate), bias=bias, gelu=not gate)
+        mlp = nn.ModuleList([inner, FastLinear(HIDDEN, 48, bias=bias)])
     set_packing(mlp.requires_grad_(requires_grad=False).bfloat16(), enabled=True)
     return mlp
 
 
-def in_float64(x: Tensor, inner: PackingLinear, outer: PackingLinear, *, gate: bool) -> Tensor:
+def in_float64(x: Tensor, inner: FastLinear, outer: FastLinear, *, gate: bool) -> Tensor:
     hidden = F.linear(x.double(), inner.weight.double(), None if inner.bias is None else inner.bias.double())
     hidden = gated(*hidden.chunk(2, dim=-1)) if gate else F.gelu(hidden, approximate="tanh")
     return F.linear(hidden, outer.weight.double(), None if outer.bias is None else outer.bias.double())

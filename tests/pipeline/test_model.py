@@ -10,7 +10,7 @@ import torch
 
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.decoding.selectors import token_selectors
-from maskgit_pl.networks.kernels import PackingLinear, _packed_dtypes
+from maskgit_pl.networks.kernels import FastLinear, _packed_dtypes
 from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.pretrained.networks import load_tokenizer, save_tokenizer
 from maskgit_pl.schedules import Pow
@@ -135,7 +135,7 @@ def test_a_model_without_a_null_class_is_guided_by_a_negative_class(tmp_path) ->
 
 
 def packed(network: torch.nn.Module) -> list[torch.Tensor]:
-    layers = [layer for layer in network.modules() if isinstance(layer, PackingLinear)]
+    layers = [layer for layer in network.modules() if isinstance(layer, FastLinear)]
     assert layers
     return [weight.data for layer in layers for weight in layer._packed.values()]
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from maskgit_pl.networks.backbone import backbones, build_config
-from maskgit_pl.networks.kernels import PackingLinear
+from maskgit_pl.networks.kernels import FastLinear
 from maskgit_pl.networks.transformer import TransformerConfig
 from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.pipeline.bulk import BulkOptions, generate_many
@@ -167,7 +167,7 @@ def write_with_numpy(network: nn.Module) -> None:
 
 def write_one_row_with_numpy(network: nn.Module) -> None:
     for layer in network.modules():
-        if isinstance(layer, PackingLinear):
+        if isinstance(layer, FastLinear):
             layer.weight.detach().numpy()[1] += 3
 
 
