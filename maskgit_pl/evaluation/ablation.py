@@ -54,7 +54,7 @@ from maskgit_pl.runs.plan import Plan, find_data, find_tokenizer, read_inputs
 from maskgit_pl.runs.recipe import Recipe
 from maskgit_pl.runs.variants import FOLDER, AblationConfig, Variant, base_values, in_float32, plan_variants, train
 from maskgit_pl.training.speed import read_training_time
-from maskgit_pl.transformer.autoregressive import AutoregressiveConfig
+from maskgit_pl.transformer.config import AutoregressiveConfig
 from maskgit_pl.transformer.token_model import TokenModel
 
 log = logging.getLogger(__name__)

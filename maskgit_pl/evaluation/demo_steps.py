@@ -24,9 +24,9 @@ from maskgit_pl.evaluation.model_evaluation import evaluate
 from maskgit_pl.evaluation.options import EvaluationOptions
 from maskgit_pl.pipeline.card import refresh_card
 from maskgit_pl.processes import catch_stop_signals, is_requested, progress_bars
-from maskgit_pl.runs.fitting import fit
 from maskgit_pl.runs.recipe import DEFAULT_DATASET, STAGES, Overrides, Recipe, flag_words
 from maskgit_pl.runs.tokenizing import tokenize
+from maskgit_pl.runs.training import fit
 
 log = logging.getLogger(__name__)
 

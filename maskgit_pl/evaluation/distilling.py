@@ -24,10 +24,11 @@ from maskgit_pl.evaluation.pixels import pixel_extractor
 from maskgit_pl.evaluation.reference import obtain_references, read_real_labels
 from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.processes import Bars, no_bars
-from maskgit_pl.runs.fitting import FitResult, fit
+from maskgit_pl.runs.fitting import FitResult
 from maskgit_pl.runs.plan import Folders
 from maskgit_pl.runs.recipe import Overrides, Recipe, flag_words, list_recipes
 from maskgit_pl.runs.tokenizing import tokenize
+from maskgit_pl.runs.training import fit
 from maskgit_pl.transformer.token_model import TokenModel
 
 _METRICS = ("fid", "class_agreement", "diversity", "recall", "two_sample", "pixel_fid")
