@@ -21,7 +21,8 @@ from measuring import format_table
 
 from maskgit_pl import MaskGIT
 from maskgit_pl.data.images import from_pil
-from maskgit_pl.evaluation.folders import find_run, open_data
+from maskgit_pl.evaluation.folders import open_data
+from maskgit_pl.evaluation.run_folders import find_run
 from maskgit_pl.evaluation.reference import draw_images
 from maskgit_pl.grids import image_grid
 

@@ -16,17 +16,13 @@ from typing import Any, NamedTuple, TypedDict, Unpack
 
 from rich.console import Console
 
+from maskgit_pl import evaluation, runs
 from maskgit_pl.data.sources.public import public_datasets
 from maskgit_pl.data.sources.shards import convert_images, fetch_dataset
 from maskgit_pl.errors import PreemptedError
-from maskgit_pl.evaluation.classifier import train_classifier
-from maskgit_pl.evaluation.model_evaluation import evaluate
 from maskgit_pl.evaluation.options import EvaluationOptions
-from maskgit_pl.pipeline.card import refresh_card
 from maskgit_pl.processes import catch_stop_signals, is_requested, progress_bars
 from maskgit_pl.runs.recipe import DEFAULT_DATASET, STAGES, Overrides, Recipe, flag_words
-from maskgit_pl.runs.tokenizing import tokenize
-from maskgit_pl.runs.training import fit
 
 log = logging.getLogger(__name__)
 
@@ -176,25 +172,27 @@ def _plan_classifier(recipe: Recipe, data: Path, runs_folder: Path) -> Step:
 
 def _train_classifier(data: Path, **options: Any) -> None:
     with progress_bars() as bars:
-        train_classifier(data, bars=bars, **options)
+        evaluation.train_classifier(data, bars=bars, **options)
 
 
 def _train(recipe: Recipe, folders: Mapping[str, Any]) -> None:
     with catch_stop_signals():
-        fit(recipe, **folders)
+        runs.fit(recipe, **folders)
         if is_requested():  # too late to stop this step: the next one does not begin
             raise PreemptedError("stopped by a signal after the end of a training; repeat the command to resume")
 
 
 def _encode(recipe: Recipe, folders: Mapping[str, Any]) -> None:
     with progress_bars() as bars:
-        tokenize(recipe, **folders, bars=bars)
+        runs.tokenize(recipe, **folders, bars=bars)
 
 
 def _measure(run: Path, data: Path, features: list[str], num_images: int) -> None:
     options = EvaluationOptions(data=data, num_images=num_images, features=features)
     with progress_bars() as bars:
-        report = evaluate(run, options, bars=bars)
+        report = evaluation.evaluate(run, options, bars=bars)
+    from maskgit_pl.pipeline.card import refresh_card  # imports torch
+
     refresh_card(run / "pretrained")
     table = io.StringIO()
     Console(file=table, force_jupyter=False).print(report.table())

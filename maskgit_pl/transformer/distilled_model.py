@@ -137,7 +137,7 @@ class DistilledModel(MaskedTokenModel):
         return self.method(self, batch, batch.content)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Does nothing: ``evaluation.distilling.QualityMonitor`` measures images of the student."""
+        """Does nothing: ``evaluation.quality_monitor.QualityMonitor`` measures images of the student."""
 
     def on_validation_epoch_end(self) -> None:
         """Does nothing; see ``validation_step``."""
