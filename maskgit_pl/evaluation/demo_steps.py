@@ -22,6 +22,7 @@ from maskgit_pl.data.sources.shards import convert_images, fetch_dataset
 from maskgit_pl.errors import PreemptedError
 from maskgit_pl.evaluation.options import EvaluationOptions
 from maskgit_pl.processes import catch_stop_signals, is_requested, progress_bars
+from maskgit_pl.runs.plan import read_tokenizer_sizes
 from maskgit_pl.runs.recipe import DEFAULT_DATASET, STAGES, Overrides, Recipe, flag_words
 
 log = logging.getLogger(__name__)
@@ -104,6 +105,8 @@ def plan_demo(**options: Unpack[DemoOptions]) -> tuple[list[Step], Path]:
     is_short = options.get("short", False)
     usual = _RECIPE if dataset == DEFAULT_DATASET else f"{_RECIPE} {_BUDGET}"
     recipe = options.get("recipe") or usual
+    data = Path(options.get("data") or Path("data/shards", dataset))
+    steps = _plan_data(dataset, options.get("images"), data, lenient=options.get("lenient", False))
     flags = [*flag_words(options.get("overrides", ())), *(_SHORT if is_short else ())]
     read = [Recipe.read(stage, names=recipe, dataset=dataset, cluster=cluster, overrides=flags) for stage in STAGES]
     for stage in read:
@@ -113,10 +116,13 @@ def plan_demo(**options: Unpack[DemoOptions]) -> tuple[list[Step], Path]:
                 f"trainer.devices must be 1 or a list of one index in the demo, got {devices!r}; for several "
                 "devices run its steps one by one, such as `maskgit train tokenizer`"
             )
+    pretrained = {name: options.get(name) for name in ("tokenizer", "pretrained")}
+    tokenizer, weights = options.get("tokenizer"), options.get("pretrained")
+    if named := tokenizer or (weights and Path(weights, "tokenizer")):
+        read_tokenizer_sizes(Path(named))  # before anything is trained
     name = options.get("run") or (_SHORT_RUN if is_short else str(read[0].run_name))
     runs_folder = options.get("runs_folder", "runs")
-    run, data = Path(runs_folder, name), Path(options.get("data") or Path("data/shards", dataset))
-    pretrained = {name: options.get(name) for name in ("tokenizer", "pretrained")}
+    run = Path(runs_folder, name)
     folders = {"run": run, "data": data, **pretrained}
     common = ["--dataset", dataset, "--data", str(data), "--recipe", recipe, "--run", name]
     common += ["--runs-folder", str(runs_folder), "--cluster", cluster]
@@ -127,7 +133,6 @@ def plan_demo(**options: Unpack[DemoOptions]) -> tuple[list[Step], Path]:
     features = ["classifier"] if read[0].get("data.in_channels") == 1 else ["classifier", "lite0"]
     words = ["evaluate", str(run), "--data", str(data)]
     words += ["--features", ",".join(features), "--num-images", str(num_images)]
-    steps = _plan_data(dataset, options.get("images"), data, lenient=options.get("lenient", False))
     if pretrained["tokenizer"] is None:
         work = partial(_train, read[0], folders)
         steps.append(Step("train the tokenizer (stage 1)", ["train", "tokenizer", *common], work))
