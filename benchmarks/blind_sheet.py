@@ -25,9 +25,10 @@ from torch import Tensor
 
 from maskgit_pl import MaskGIT
 from maskgit_pl.data import ShardData
-from maskgit_pl.evaluation.folders import find_run, open_data
+from maskgit_pl.evaluation.folders import open_data
 from maskgit_pl.evaluation.likelihood import encode_real_grids
 from maskgit_pl.evaluation.reference import draw_images
+from maskgit_pl.evaluation.run_folders import find_run
 from maskgit_pl.evaluation.two_sample import rate_grids
 from maskgit_pl.grids import image_grid, save_png
 

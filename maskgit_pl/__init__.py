@@ -14,10 +14,12 @@ if TYPE_CHECKING:
     from maskgit_pl.masking import MaskSampler
     from maskgit_pl.pipeline import MaskGIT
     from maskgit_pl.schedules import mask_schedules
-    from maskgit_pl.tokenizer.module import Tokenizer, TokenizerConfig
+    from maskgit_pl.tokenizer.config import TokenizerConfig
+    from maskgit_pl.tokenizer.module import Tokenizer
     from maskgit_pl.training.optimizers import LearningRate, OptimizerConfig
-    from maskgit_pl.transformer.autoregressive import AutoregressiveConfig, AutoregressiveModel
-    from maskgit_pl.transformer.mvtm import MaskedTokenConfig, MaskedTokenModel
+    from maskgit_pl.transformer.autoregressive import AutoregressiveModel
+    from maskgit_pl.transformer.config import AutoregressiveConfig, MaskedTokenConfig
+    from maskgit_pl.transformer.mvtm import MaskedTokenModel
 
 __version__ = "0.2.0"
 __all__ = [
@@ -38,18 +40,18 @@ __all__ = [
 ]
 
 _HOMES = {
-    "AutoregressiveConfig": "transformer.autoregressive",
+    "AutoregressiveConfig": "transformer.config",
     "AutoregressiveModel": "transformer.autoregressive",
     "LearningRate": "training.optimizers",
     "MaskGIT": "pipeline",
     "MaskSampler": "masking",
-    "MaskedTokenConfig": "transformer.mvtm",
+    "MaskedTokenConfig": "transformer.config",
     "MaskedTokenModel": "transformer.mvtm",
     "OptimizerConfig": "training.optimizers",
     "ParallelDecoder": "decoding",
     "AutoregressiveDecoder": "decoding",
     "Tokenizer": "tokenizer.module",
-    "TokenizerConfig": "tokenizer.module",
+    "TokenizerConfig": "tokenizer.config",
     "demo": "evaluation.demo_steps",
     "mask_schedules": "schedules",
 }

@@ -183,9 +183,10 @@ def outpaint(
         class_: Class name or index (default: no class).
         out: Picture of the image and all results.
     """
+    pipe = model.open(folder)
     from maskgit_pl.pipeline.regions import Margins, image_pixels
 
-    margins, pipe = Margins(**vars(sides)), model.open(folder)
+    margins = Margins(**vars(sides))
     pixels = image_pixels(image, channels=pipe.tokenizer.channels)
     margins.check(pixels.shape[-2:], factor=pipe.tokenizer.token_size, least=pipe.tokenizer.image_size)
     # (H + up + down, W + left + right): the image on the canvas, and True outside of it.
@@ -294,10 +295,10 @@ def panorama(
         batch_size: Images per batch.
         out: Picture of all images.
     """
+    pipe = model.open(folder)
     from maskgit_pl import grids
     from maskgit_pl.pipeline import display
 
-    pipe = model.open(folder)
     labels, decoding = pipe.classes.parse_list(classes), pipe.decoding_with(**decoding_settings)
     names, seeds = [pipe.class_names[label] for label in labels], [seed + row for row in range(len(labels))]
     task = partial(pipe.panorama, width=width, height=height)

@@ -24,6 +24,7 @@ from maskgit_pl.evaluation.options import (
     TuningOptions,
     default_training,
 )
+from maskgit_pl.evaluation.run_folders import find_run, find_tokenizer_folders
 from maskgit_pl.pipeline.sharing import local_folder
 from maskgit_pl.processes import progress_bars
 from maskgit_pl.runs.recipe import parse_specs
@@ -62,6 +63,7 @@ def evaluate(folder: Run, *, measurement: EvaluationFlags = EvaluationFlags()) -
     Args:
         folder: Run folder (runs/NAME) or pretrained folder.
     """
+    find_run(folder, data=measurement.data)  # before torch is imported
     # All ranks measure; rank 0 shows the progress and prints the table.
     is_first = os.environ.get("RANK", "0") == "0"
     with progress_bars(shown=is_first) as bars:
@@ -98,6 +100,7 @@ def evaluate_tokenizer(
         features: Feature networks: classifier, lite0, inception[=FILE], timm:MODEL=FILE, or mappings.
         out: Results (default: RUN/tokenizer.json).
     """
+    find_tokenizer_folders(folder, data=data)  # before torch is imported
     with progress_bars() as bars:
         report = evaluation.evaluate_tokenizer(
             folder, data=data, features=features, out=out, options=measurement, bars=bars
@@ -130,6 +133,7 @@ def tune(folder: Run, *, search: TuningFlags = TuningFlags()) -> None:
     Args:
         folder: Run folder (runs/NAME) or pretrained folder.
     """
+    find_run(folder, data=search.data)  # before torch is imported
     with progress_bars() as bars:
         result = evaluation.tune(folder, search, bars=bars)
     assert result.page is not None

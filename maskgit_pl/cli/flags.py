@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 from maskgit_pl import pipeline
 from maskgit_pl.cli.arguments import Output, Word, flag_of
 from maskgit_pl.evaluation.options import FEATURES, Dtype, ReportOptions
+from maskgit_pl.pipeline.sharing import find_folder
 from maskgit_pl.processes import named_bars
-from maskgit_pl.runs.plan import Folders
+from maskgit_pl.runs.plan import Folders, find_data_folder
 from maskgit_pl.runs.recipe import DEFAULT_DATASET, Recipe, Stage, parse_specs
 from maskgit_pl.text import count_text, printable
 
@@ -89,6 +90,11 @@ class RunFlags(NewRunFlags):
 
     config: Annotated[Path, Word("FILE")] | None = None
 
+    def find_data(self) -> None:
+        """Raises an error if there are no data. The path of an earlier run is known only once it is read."""
+        if self.data is not None or self.config is None:
+            find_data_folder(self.dataset, self.data)
+
     def read(self, stage: Stage, overrides: Sequence[str]) -> Recipe:
         """Reads the recipe from its files, or with ``config`` from an earlier run."""
         if self.config is None:
@@ -124,7 +130,8 @@ class ModelFlags:
             folder: The run or model that the user names. See ``MaskGIT.from_pretrained``.
             local_rank: Local rank of a process that shares the GPUs of its node with others.
         """
-        from maskgit_pl.devices import check_device, default_device, parse_dtype
+        folder = find_folder(folder)
+        from maskgit_pl.devices import check_device, default_device, parse_dtype  # torch takes a second to import
 
         device = self.device or default_device(local_rank=local_rank)
         pipe = pipeline.MaskGIT.from_pretrained(

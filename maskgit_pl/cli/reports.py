@@ -12,6 +12,7 @@ from typing import Annotated
 from maskgit_pl import evaluation
 from maskgit_pl.cli.arguments import Word
 from maskgit_pl.cli.flags import Folder, Numbers, ReportFlags, Run, Seeds, write_page
+from maskgit_pl.evaluation.run_folders import find_run
 from maskgit_pl.processes import progress_bars
 from maskgit_pl.runs.recipe import Overrides
 from maskgit_pl.runs.variants import AblationConfig, Factor, parse_factor
@@ -41,6 +42,8 @@ def ablation(*, variants: AblationFlags, report: ReportFlags = ReportFlags(), ov
 
     Example: maskgit ablation --vary model.network.depth=2,4,6 --vary decoding.guidance.scale=0,1,2 --seeds 0,1,2
     """
+    if variants.of is not None:
+        find_run(variants.of, data=report.data)  # before torch is imported
     with progress_bars() as bars:
         page = evaluation.run_ablation(replace(variants, overrides=tuple(overrides)), report, bars=bars)
     write_page(page)

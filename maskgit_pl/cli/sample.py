@@ -16,6 +16,7 @@ from maskgit_pl.cli.flags import Device, Folder, ModelFlags, Pictures, Run, chec
 from maskgit_pl.files import write_atomically
 from maskgit_pl.folders import hold_lock
 from maskgit_pl.pipeline.options import MAX_RESULTS, DecodingSettings
+from maskgit_pl.pipeline.sharing import find_folder
 from maskgit_pl.processes import launcher_rank, local_rank, named_bars
 from maskgit_pl.text import count_text
 
@@ -134,7 +135,8 @@ def web(
         port: Port of the page, which only this machine can open.
         device: cpu, cuda, cuda:1, mps ... (default: a GPU if there is one).
     """
-    from maskgit_pl.web.server import serve
+    find_folder(folder)
+    from maskgit_pl.web.server import serve  # torch takes a second to import
 
     serve(folder, port=port, device=device)
 
@@ -195,7 +197,8 @@ def _check_acceptance(
 
 def _open_judge(pipe: MaskGIT, folder: Path, classifier: Path, data: Path | None) -> Judge:
     from maskgit_pl.evaluation.acceptance import ClassJudge, TokenJudge
-    from maskgit_pl.evaluation.folders import find_run, open_data
+    from maskgit_pl.evaluation.folders import open_data
+    from maskgit_pl.evaluation.run_folders import find_run
 
     if classifier == Path("two_sample"):
         return TokenJudge(pipe.tokenizer, open_data(find_run(folder, data=data), pipe))

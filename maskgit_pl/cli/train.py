@@ -40,6 +40,8 @@ def train(
         print_config: Print the complete recipe of the run and exit.
     """
     with catch_stop_signals(until="exit"):
+        if not print_config:
+            run.find_data()  # before torch is imported
         recipe = run.read(stage, overrides)
         folders = run.folders(recipe)
         if print_config:
@@ -115,6 +117,7 @@ def tokenize(
 
     Example: maskgit tokenize --dataset fashion-mnist --run fashion-mnist-adaln
     """
+    run.find_data()  # before torch is imported
     recipe = run.read("transformer", overrides)
     with progress_bars() as bars:
         runs.tokenize(recipe, **run.folders(recipe), options=store, bars=bars)
@@ -141,6 +144,7 @@ def submit(
         stage: Stage to train.
         dry_run: Check and print the job without submitting it; works without Slurm.
     """
+    run.find_data()  # before torch is imported
     recipe = run.read(stage, overrides)
     submission = plan_submission(recipe, **run.folders(recipe), job=job)
     if dry_run:

@@ -28,10 +28,10 @@ from torch import Tensor
 from maskgit_pl.checks import check_integer
 from maskgit_pl.devices import find_device, parse_dtype
 from maskgit_pl.evaluation.classifier import open_images
-from maskgit_pl.evaluation.folders import read_run_recipe
 from maskgit_pl.evaluation.pages import figure_to_png, image_to_png
 from maskgit_pl.evaluation.reconstruction import ReconstructionMeter, psnr
 from maskgit_pl.evaluation.reference import iter_real_batches
+from maskgit_pl.evaluation.run_folders import read_run_recipe
 from maskgit_pl.files import open_regular, write_text
 from maskgit_pl.grids import image_grid, reconstruction_grid
 from maskgit_pl.pipeline.display import select_steps

@@ -8,8 +8,9 @@ from maskgit_pl.registry import lazy_names
 
 if TYPE_CHECKING:
     from maskgit_pl.data.batches import Batch, flip
+    from maskgit_pl.data.config import ShardDataConfig
     from maskgit_pl.data.dataset import IndexedDataModule, IndexedDataset
-    from maskgit_pl.data.module import ShardData, ShardDataConfig
+    from maskgit_pl.data.module import ShardData
     from maskgit_pl.data.order import InOrder, ShuffledStream, split_batch
     from maskgit_pl.data.stream import StreamConfig
     from maskgit_pl.data.token_store import TokenizingConfig
@@ -32,8 +33,9 @@ __all__ = [
 ]
 _HOMES = {
     "batches": ("Batch", "flip"),
+    "config": ("ShardDataConfig",),
     "dataset": ("IndexedDataModule", "IndexedDataset"),
-    "module": ("ShardData", "ShardDataConfig"),
+    "module": ("ShardData",),
     "order": ("InOrder", "ShuffledStream", "split_batch"),
     "stream": ("StreamConfig",),
     "token_store": ("TokenizingConfig",),

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from webdataset.shardlists import expand_urls
 
 from maskgit_pl.data.manifest import Manifest, Shard, Split, index_sha256, save_manifest, union
 from maskgit_pl.data.samples import Labels, split_of
@@ -134,6 +133,8 @@ def expand_braces(pattern: str, *, name: str) -> list[str]:
     most, count = _MAX_CHARACTERS // max(1, len(pattern)), math.prod(map(_count_choices, _BRACES.findall(pattern)))
     if count > most:
         raise ValueError(f"{name} must name at most {most:,} shards, got {shorten(count)} in {shorten(pattern)}")
+    from webdataset.shardlists import expand_urls  # imports torch
+
     names: list[str] = expand_urls(pattern)
     return names
 

@@ -1,6 +1,6 @@
-"""The LightningDataModule of shards, token stores and streams, for both training stages, and its configuration.
+"""The LightningDataModule of shards, token stores and streams, for both training stages.
 
-The configuration is the group ``data`` of a recipe. Used by ``maskgit train`` and the evaluation.
+Used by ``maskgit train`` and the evaluation.
 """
 
 from __future__ import annotations
@@ -8,15 +8,13 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
 
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from maskgit_pl.checks import ImageSize, check_channels, check_choice, check_image_size, check_integers, check_number
-from maskgit_pl.data.augmentations import CENTER, Augmentations, build_augmentations
+from maskgit_pl.data.augmentations import CENTER, Augmentations
 from maskgit_pl.data.batches import Batch
+from maskgit_pl.data.config import ShardDataConfig
 from maskgit_pl.data.loader import ImageBatches, StepDataModule, TokenBatches, make_loader
 from maskgit_pl.data.manifest import (
     DataSummary,
@@ -26,91 +24,12 @@ from maskgit_pl.data.manifest import (
     describe_enlarging,
     read_manifest_summary,
 )
-from maskgit_pl.data.order import BATCH_SIZE_RANGE, InOrder, Order, ShuffledStream, split_batch
-from maskgit_pl.data.stream import StreamBatches, StreamConfig
+from maskgit_pl.data.order import InOrder, Order, ShuffledStream, split_batch
+from maskgit_pl.data.stream import StreamBatches
 from maskgit_pl.data.token_store import TokenReader, augmentations_text, check_origin, open_store, read_data_summary
 from maskgit_pl.distributed import rank_and_world
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class ShardDataConfig:
-    """The data of a run and its batches.
-
-    Args:
-        path: Data folder: shards with manifests (see data/README.md), or a token store, which has no images.
-        source: ``"images"`` decodes the shards, ``"tokens"`` reads a token store made from them, ``"stream"``
-            trains on shards that cannot be indexed and uses the folder for validation and the class names.
-        token_store: Folder of the token store; required for ``"tokens"``, else unused.
-        image_size: Side of square images, or [height, width], in pixels. The largest part of an image with
-            this shape is cropped and resized.
-        in_channels: 1 for grey, 3 for RGB. Files are converted, and transparent images are composited over white.
-        augmentations: Crops and flips of the training images: names or mappings of registered augmentations,
-            in the order in which they are applied. With ``"tokens"``, ``maskgit tokenize`` applies them. None
-            is the central crop.
-        views: Number of views of each training image in the token store: the central crop, then augmented
-            ones (random crops without ``augmentations``). Training draws one of them in each epoch. None is
-            1, or the number that an existing store has.
-        global_batch: Number of samples per step, over all ranks.
-        max_batch_per_device: Largest micro-batch of a device; micro-batch and accumulation are derived from it.
-        validation_batch: Number of samples of a validation batch on each rank.
-        validation_samples: Number of samples to validate on, the first of the split; None takes all.
-        num_workers: Number of processes on each rank that read and decode; 0 reads in the training process.
-        seed: Seed of order and crops, in [0, 2**32).
-        stream: The shards of ``"stream"``.
-        unreadable_budget: Fraction of the images seen that may be unreadable and replaced, in [0, 1]. Above
-            0, 10 different images are always allowed; 0 allows none. See ``UnreadableImages``. Streams skip them.
-
-    Raises:
-        ValueError: if a value is out of range, or a setting of the source is missing.
-    """
-
-    path: str
-    source: Literal["images", "tokens", "stream"] = "images"
-    token_store: str | None = None
-    image_size: ImageSize = 256
-    in_channels: int = 3
-    augmentations: list[str | dict[str, Any]] | None = None
-    views: int | None = None
-    global_batch: int = 256
-    max_batch_per_device: int = 32
-    validation_batch: int = 64
-    validation_samples: int | None = None
-    num_workers: int = 0
-    seed: int = 0
-    stream: StreamConfig | None = None
-    unreadable_budget: float = 1e-4
-
-    def __post_init__(self) -> None:
-        # All values are checked here, before data is read or a process group starts.
-        _ = self.train_augmentations  # raises if a name or a value is wrong
-        object.__setattr__(self, "image_size", check_image_size("data.image_size", self.image_size, "[1, 8192]"))
-        check_channels("data.in_channels", self.in_channels)
-        check_number("data.unreadable_budget", self.unreadable_budget, "[0, 1]")
-        check_integers(
-            self,
-            "data.",
-            global_batch=BATCH_SIZE_RANGE,
-            max_batch_per_device=BATCH_SIZE_RANGE,
-            validation_batch=BATCH_SIZE_RANGE,
-            num_workers="[0, 1024]",
-            seed="[0, 2**32)",
-            views="[1, 65536]",
-            validation_samples="[1, 2**32]",
-        )
-        check_choice("data.source", self.source, ("images", "tokens", "stream"))
-        if self.source == "stream" and self.stream is None:
-            raise ValueError("data.stream.urls must be given for data.source: stream, got none")
-        if self.source == "tokens" and self.token_store is None:
-            raise ValueError(
-                "data.token_store must be given for data.source: tokens, got none; `maskgit tokenize` makes one"
-            )
-
-    @cached_property
-    def train_augmentations(self) -> Augmentations:
-        """The augmentations of the training images."""
-        return build_augmentations(self.augmentations)
 
 
 class ShardData(StepDataModule):

@@ -14,8 +14,6 @@ from itertools import chain
 from pathlib import Path
 from typing import IO, Any, TypeAlias
 
-from webdataset import TarWriter
-
 from maskgit_pl.checks import ImageSize, check_image_size, check_integer, height_width, plain_size
 from maskgit_pl.data.image_bytes import UnreadableImageError
 from maskgit_pl.data.images import decode_image, encode_jpeg, encode_png, fit_image, parse_image_header
@@ -104,6 +102,8 @@ def make_shards(
 def write_shard(samples: Iterable[Sample], stream: IO[bytes], *, first_key: int) -> None:
     """Writes samples as a WebDataset tar. Their keys are numbers from ``first_key``, which sort in their order."""
     # All members have the same owner and time, so equal samples give equal bytes and an equal fingerprint.
+    from webdataset import TarWriter  # imports torch
+
     with TarWriter(stream, mtime=0, user="", group="") as writer:
         for number, sample in enumerate(samples, first_key):
             # webdataset writes bytes as they are.

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from maskgit_pl.evaluation.classifier import check_cas, train_classifier
     from maskgit_pl.evaluation.distilling import distill
     from maskgit_pl.evaluation.evaluator import EvaluatedModel, Evaluator
-    from maskgit_pl.evaluation.folders import check_model_decoding, open_models, trained_recipe
+    from maskgit_pl.evaluation.folders import check_model_decoding, open_models
     from maskgit_pl.evaluation.ledger import Ledger
     from maskgit_pl.evaluation.metrics import ComparedImages, FeatureMetric
     from maskgit_pl.evaluation.model_evaluation import evaluate
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
         TuningOptions,
     )
     from maskgit_pl.evaluation.reconstruction import evaluate_tokenizer
+    from maskgit_pl.evaluation.run_folders import trained_recipe
     from maskgit_pl.evaluation.tuning import tune
 
 __all__ = [
@@ -69,7 +70,7 @@ _HOMES = {
     "ledger": ("Ledger",),
     "metrics": ("ComparedImages", "FeatureMetric"),
     "model_evaluation": ("evaluate",),
-    "folders": ("check_model_decoding", "open_models", "trained_recipe"),
+    "folders": ("check_model_decoding", "open_models"),
     "options": (
         "CASConfig",
         "ClassifierConfig",
@@ -79,6 +80,7 @@ _HOMES = {
         "TuningOptions",
     ),
     "reconstruction": ("evaluate_tokenizer",),
+    "run_folders": ("trained_recipe",),
     "tuning": ("tune",),
 }
 __getattr__ = lazy_names(__name__, {name: module for module, names in _HOMES.items() for name in names})

@@ -26,15 +26,7 @@ from maskgit_pl.errors import PreemptedError, describe_error, exit_code_of
 from maskgit_pl.evaluation.ablation_page import make_ablation_page
 from maskgit_pl.evaluation.classifier import open_images
 from maskgit_pl.evaluation.evaluator import collect_numbers
-from maskgit_pl.evaluation.folders import (
-    RunFolders,
-    check_model_decoding,
-    find_run,
-    open_data,
-    open_evaluator,
-    open_model,
-    remove_untrained,
-)
+from maskgit_pl.evaluation.folders import check_model_decoding, open_data, open_evaluator, open_model
 from maskgit_pl.evaluation.ledger import FILE_NAME, Ledger, Row, digest_of
 from maskgit_pl.evaluation.options import (
     ReportOptions,
@@ -46,6 +38,7 @@ from maskgit_pl.evaluation.options import (
 )
 from maskgit_pl.evaluation.pages import Page
 from maskgit_pl.evaluation.reconstruction import OpenedTokenizer, measure_tokenizer_once
+from maskgit_pl.evaluation.run_folders import RunFolders, find_run, remove_untrained
 from maskgit_pl.files import check_writable
 from maskgit_pl.pretrained.networks import fingerprint, load_tokenizer
 from maskgit_pl.processes import Bars, no_bars
@@ -54,7 +47,7 @@ from maskgit_pl.runs.plan import Plan, find_data, find_tokenizer, read_inputs
 from maskgit_pl.runs.recipe import Recipe
 from maskgit_pl.runs.variants import FOLDER, AblationConfig, Variant, base_values, in_float32, plan_variants, train
 from maskgit_pl.training.speed import read_training_time
-from maskgit_pl.transformer.autoregressive import AutoregressiveConfig
+from maskgit_pl.transformer.config import AutoregressiveConfig
 from maskgit_pl.transformer.token_model import TokenModel
 
 log = logging.getLogger(__name__)

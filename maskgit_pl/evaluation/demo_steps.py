@@ -16,17 +16,14 @@ from typing import Any, NamedTuple, TypedDict, Unpack
 
 from rich.console import Console
 
+from maskgit_pl import evaluation, runs
 from maskgit_pl.data.sources.public import public_datasets
 from maskgit_pl.data.sources.shards import convert_images, fetch_dataset
 from maskgit_pl.errors import PreemptedError
-from maskgit_pl.evaluation.classifier import train_classifier
-from maskgit_pl.evaluation.model_evaluation import evaluate
 from maskgit_pl.evaluation.options import EvaluationOptions
-from maskgit_pl.pipeline.card import refresh_card
 from maskgit_pl.processes import catch_stop_signals, is_requested, progress_bars
-from maskgit_pl.runs.fitting import fit
+from maskgit_pl.runs.plan import read_tokenizer_sizes
 from maskgit_pl.runs.recipe import DEFAULT_DATASET, STAGES, Overrides, Recipe, flag_words
-from maskgit_pl.runs.tokenizing import tokenize
 
 log = logging.getLogger(__name__)
 
@@ -108,6 +105,8 @@ def plan_demo(**options: Unpack[DemoOptions]) -> tuple[list[Step], Path]:
     is_short = options.get("short", False)
     usual = _RECIPE if dataset == DEFAULT_DATASET else f"{_RECIPE} {_BUDGET}"
     recipe = options.get("recipe") or usual
+    data = Path(options.get("data") or Path("data/shards", dataset))
+    steps = _plan_data(dataset, options.get("images"), data, lenient=options.get("lenient", False))
     flags = [*flag_words(options.get("overrides", ())), *(_SHORT if is_short else ())]
     read = [Recipe.read(stage, names=recipe, dataset=dataset, cluster=cluster, overrides=flags) for stage in STAGES]
     for stage in read:
@@ -117,10 +116,13 @@ def plan_demo(**options: Unpack[DemoOptions]) -> tuple[list[Step], Path]:
                 f"trainer.devices must be 1 or a list of one index in the demo, got {devices!r}; for several "
                 "devices run its steps one by one, such as `maskgit train tokenizer`"
             )
+    pretrained = {name: options.get(name) for name in ("tokenizer", "pretrained")}
+    tokenizer, weights = options.get("tokenizer"), options.get("pretrained")
+    if named := tokenizer or (weights and Path(weights, "tokenizer")):
+        read_tokenizer_sizes(Path(named))  # before anything is trained
     name = options.get("run") or (_SHORT_RUN if is_short else str(read[0].run_name))
     runs_folder = options.get("runs_folder", "runs")
-    run, data = Path(runs_folder, name), Path(options.get("data") or Path("data/shards", dataset))
-    pretrained = {name: options.get(name) for name in ("tokenizer", "pretrained")}
+    run = Path(runs_folder, name)
     folders = {"run": run, "data": data, **pretrained}
     common = ["--dataset", dataset, "--data", str(data), "--recipe", recipe, "--run", name]
     common += ["--runs-folder", str(runs_folder), "--cluster", cluster]
@@ -131,7 +133,6 @@ def plan_demo(**options: Unpack[DemoOptions]) -> tuple[list[Step], Path]:
     features = ["classifier"] if read[0].get("data.in_channels") == 1 else ["classifier", "lite0"]
     words = ["evaluate", str(run), "--data", str(data)]
     words += ["--features", ",".join(features), "--num-images", str(num_images)]
-    steps = _plan_data(dataset, options.get("images"), data, lenient=options.get("lenient", False))
     if pretrained["tokenizer"] is None:
         work = partial(_train, read[0], folders)
         steps.append(Step("train the tokenizer (stage 1)", ["train", "tokenizer", *common], work))
@@ -176,25 +177,27 @@ def _plan_classifier(recipe: Recipe, data: Path, runs_folder: Path) -> Step:
 
 def _train_classifier(data: Path, **options: Any) -> None:
     with progress_bars() as bars:
-        train_classifier(data, bars=bars, **options)
+        evaluation.train_classifier(data, bars=bars, **options)
 
 
 def _train(recipe: Recipe, folders: Mapping[str, Any]) -> None:
     with catch_stop_signals():
-        fit(recipe, **folders)
+        runs.fit(recipe, **folders)
         if is_requested():  # too late to stop this step: the next one does not begin
             raise PreemptedError("stopped by a signal after the end of a training; repeat the command to resume")
 
 
 def _encode(recipe: Recipe, folders: Mapping[str, Any]) -> None:
     with progress_bars() as bars:
-        tokenize(recipe, **folders, bars=bars)
+        runs.tokenize(recipe, **folders, bars=bars)
 
 
 def _measure(run: Path, data: Path, features: list[str], num_images: int) -> None:
     options = EvaluationOptions(data=data, num_images=num_images, features=features)
     with progress_bars() as bars:
-        report = evaluate(run, options, bars=bars)
+        report = evaluation.evaluate(run, options, bars=bars)
+    from maskgit_pl.pipeline.card import refresh_card  # imports torch
+
     refresh_card(run / "pretrained")
     table = io.StringIO()
     Console(file=table, force_jupyter=False).print(report.table())

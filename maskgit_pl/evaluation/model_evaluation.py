@@ -27,20 +27,14 @@ from maskgit_pl.devices import default_device, describe_environment
 from maskgit_pl.distributed import barrier, process_group, rank_and_world
 from maskgit_pl.evaluation.classifier import LabelledImages
 from maskgit_pl.evaluation.evaluator import EvaluatedModel, Evaluator, collect_numbers, delete_generated
-from maskgit_pl.evaluation.folders import (
-    check_model_decoding,
-    describe_held_out,
-    find_run,
-    open_data,
-    open_evaluator,
-    open_model,
-)
+from maskgit_pl.evaluation.folders import check_model_decoding, describe_held_out, open_data, open_evaluator, open_model
 from maskgit_pl.evaluation.ledger import FILE_NAME, Ledger
 from maskgit_pl.evaluation.metrics import computed_metrics, format_value, title
 from maskgit_pl.evaluation.options import CLASSIFIER, EvaluationOptions, refuse_options_of_images, round_to_classes
 from maskgit_pl.evaluation.pages import choose_classes
 from maskgit_pl.evaluation.reconstruction import measure_reconstruction, open_lpips
 from maskgit_pl.evaluation.reference import iter_real_batches
+from maskgit_pl.evaluation.run_folders import find_run
 from maskgit_pl.files import check_writable, write_text
 from maskgit_pl.grids import image_grid, reconstruction_grid, save_png
 from maskgit_pl.processes import Bars, local_rank, no_bars

@@ -27,11 +27,11 @@ from maskgit_pl.evaluation.classifier import open_images
 from maskgit_pl.evaluation.distances import frechet_distance, kernel_distance
 from maskgit_pl.evaluation.evaluator import FeatureMetrics
 from maskgit_pl.evaluation.extractors import Extractor, gather_rows, open_extractors
-from maskgit_pl.evaluation.folders import RunFolders, data_name, find_tokenizer_folders
 from maskgit_pl.evaluation.ledger import Ledger, Row, digest_of, shorten_digest
 from maskgit_pl.evaluation.metrics import format_value, title
 from maskgit_pl.evaluation.options import Spec, TokenizerOptions
 from maskgit_pl.evaluation.reference import Statistics, iter_real_batches
+from maskgit_pl.evaluation.run_folders import RunFolders, data_name, find_tokenizer_folders
 from maskgit_pl.files import check_writable, write_text
 from maskgit_pl.networks.features import LPIPSSpec, create_distance
 from maskgit_pl.networks.vqgan import to_unit_range

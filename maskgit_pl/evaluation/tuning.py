@@ -25,15 +25,7 @@ from maskgit_pl.decoding.selectors import token_selectors
 from maskgit_pl.devices import describe_environment
 from maskgit_pl.errors import CannotWriteError
 from maskgit_pl.evaluation.evaluator import collect_numbers
-from maskgit_pl.evaluation.folders import (
-    RunFolders,
-    can_guide,
-    check_model_decoding,
-    find_run,
-    open_data,
-    open_evaluator,
-    open_model,
-)
+from maskgit_pl.evaluation.folders import can_guide, check_model_decoding, open_data, open_evaluator, open_model
 from maskgit_pl.evaluation.ledger import FILE_NAME, Ledger, Row, digest_of, shorten_digest
 from maskgit_pl.evaluation.metrics import Metrics, computed_metrics, direction, find_metric, title, tuning_column
 from maskgit_pl.evaluation.options import (
@@ -46,6 +38,7 @@ from maskgit_pl.evaluation.options import (
     with_steps,
 )
 from maskgit_pl.evaluation.pages import Page, heading, markdown_table, metric_cell, paragraph
+from maskgit_pl.evaluation.run_folders import RunFolders, find_run
 from maskgit_pl.files import check_writable
 from maskgit_pl.folders import hold_lock
 from maskgit_pl.pipeline import MaskGIT

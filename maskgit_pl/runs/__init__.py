@@ -22,11 +22,12 @@ if TYPE_CHECKING:
     from maskgit_pl.data.token_store import TokenizeOptions
     from maskgit_pl.runs.doctor import Preflight, preflight
     from maskgit_pl.runs.exporting import export
-    from maskgit_pl.runs.fitting import FitResult, fit
+    from maskgit_pl.runs.fitting import FitResult
     from maskgit_pl.runs.plan import Machines, Plan, plan_run
     from maskgit_pl.runs.recipe import Recipe
     from maskgit_pl.runs.slurm import JobOptions, Submission, plan_submission, submit
     from maskgit_pl.runs.tokenizing import tokenize
+    from maskgit_pl.runs.training import fit
     from maskgit_pl.runs.variants import AblationConfig, Factor
 
 __all__ = [
@@ -52,11 +53,12 @@ __all__ = [
 _NAMES = {  # by module
     "doctor": ("Preflight", "preflight"),
     "exporting": ("export",),
-    "fitting": ("FitResult", "fit"),
+    "fitting": ("FitResult",),
     "plan": ("Machines", "Plan", "plan_run"),
     "recipe": ("Recipe",),
     "slurm": ("JobOptions", "Submission", "plan_submission", "submit"),
     "tokenizing": ("TokenizeOptions", "tokenize"),
+    "training": ("fit",),
     "variants": ("AblationConfig", "Factor"),
 }
 __getattr__ = lazy_names(__name__, {name: module for module, names in _NAMES.items() for name in names})

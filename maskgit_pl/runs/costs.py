@@ -28,13 +28,13 @@ from torch.utils.flop_counter import flop_registry
 from maskgit_pl.checks import ImageSize, height_width
 from maskgit_pl.data import Batch
 from maskgit_pl.masking import Draws
+from maskgit_pl.networks.blocks import ActivationCheckpointing, prepare_blocks
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
 from maskgit_pl.networks.weights import ZeroWeights, skeletons
 from maskgit_pl.schedules import num_masked
 from maskgit_pl.tokenizer.module import Tokenizer
 from maskgit_pl.training.optimizers import state_values
-from maskgit_pl.training.strategies import ActivationCheckpointing, prepare_blocks
-from maskgit_pl.transformer.distillation import DistilledModel
+from maskgit_pl.transformer.distilled_model import DistilledModel
 from maskgit_pl.transformer.mvtm import MaskedTokenModel
 from maskgit_pl.transformer.token_model import TokenModel
 

@@ -20,7 +20,15 @@ from maskgit_pl.data.manifest import Split
 from maskgit_pl.data.token_store import read_data_summary
 from maskgit_pl.errors import is_user_error
 from maskgit_pl.runs.costs import Encoder, Memory, checkpoint_bytes, step_memory, useful_flops
-from maskgit_pl.runs.fitting import build, check_run_outputs, describe_batch, describe_start, leave_no_trace
+from maskgit_pl.runs.fitting import (
+    build,
+    check_run_outputs,
+    choose_precision,
+    create_module,
+    describe_batch,
+    describe_start,
+    leave_no_trace,
+)
 from maskgit_pl.runs.plan import (
     Folders,
     Inputs,
@@ -35,11 +43,7 @@ from maskgit_pl.runs.plan import (
     values_without_data,
 )
 from maskgit_pl.runs.recipe import Recipe, merge
-from maskgit_pl.runs.resolve import (
-    ResolvedRun,
-    choose_precision,
-    resolve,
-)
+from maskgit_pl.runs.resolve import ResolvedRun, resolve
 from maskgit_pl.text import count_text, parse_size, printable, size_text
 from maskgit_pl.tokenizer.module import Tokenizer
 from maskgit_pl.training.checkpoints import complete_checkpoints
@@ -238,7 +242,7 @@ def _build(
         check_strategy(trainer.strategy, values.model, stage=recipe.stage, ranks=ranks)
         report.add("strategy", f"{trainer.strategy}, {precision}")
     if not is_complete:
-        module = values.module(values.model)
+        module = create_module(plan, values)
         report.add("recipe", "keys, types and names are valid")
         return replace(values, trainer=replace(trainer, precision=precision)), module
     on_cpu = {"accelerator": "cpu", "devices": 1, "num_nodes": 1, "strategy": "auto", "precision": precision}

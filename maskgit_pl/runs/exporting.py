@@ -7,11 +7,8 @@ from pathlib import Path
 
 from maskgit_pl.files import check_writable
 from maskgit_pl.folders import hold_lock
-from maskgit_pl.pretrained.networks import check_stage_folder
-from maskgit_pl.runs.fitting import build, export_run, restore_process_state
 from maskgit_pl.runs.plan import Plan, find_data, folder_of
 from maskgit_pl.runs.recipe import STAGES, Recipe, Stage
-from maskgit_pl.training.checkpoints import complete_checkpoints, load_module, step_of
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +55,8 @@ def export(
     if not stages:
         raise FileNotFoundError(f"run {folder} has no stage with checkpoints; name a run folder, such as runs/NAME")
     check_writable("--out", out, is_folder=True)
+    from maskgit_pl.pretrained.networks import check_stage_folder  # torch takes a second to import
+
     # Locked before it is checked, so that of two processes one is refused.
     with hold_lock(out, hint="give another --out"):
         for part in stages:
@@ -86,6 +85,8 @@ def _plan(folder: Path, stage: Stage, data: str | Path | None, out: Path) -> Pla
 
 def _checkpoint(plan: Plan, step: int | None) -> Path:
     """Returns the complete checkpoint of a step, or the newest one."""
+    from maskgit_pl.training.checkpoints import complete_checkpoints, step_of  # Lightning takes seconds
+
     complete = {step_of(path): path for path in complete_checkpoints(plan.checkpoints)}
     if not complete or step not in {None, *complete}:
         raise FileNotFoundError(
@@ -95,10 +96,13 @@ def _checkpoint(plan: Plan, step: int | None) -> Path:
     return complete[max(complete) if step is None else step]
 
 
-@restore_process_state()
 def _export_checkpoint(plan: Plan, checkpoint: Path, out: Path) -> None:
     """Exports the averaged weights of a checkpoint, which any number of ranks wrote, by a plan of one CPU process."""
-    run = build(plan)
-    load_module(run.model, checkpoint)
-    log.info("%s: %s", plan.stage_folder, checkpoint.name)
-    export_run(run, out, step=step_of(checkpoint))
+    from maskgit_pl.runs.fitting import build, export_run, restore_process_state
+    from maskgit_pl.training.checkpoints import load_module, step_of
+
+    with restore_process_state():
+        run = build(plan)
+        load_module(run.model, checkpoint)
+        log.info("%s: %s", plan.stage_folder, checkpoint.name)
+        export_run(run, out, step=step_of(checkpoint))

@@ -1,6 +1,6 @@
 """Builds module, data and Trainer of a stage from its plan, trains it, and exports it.
 
-``maskgit train`` calls ``fit``. ``exporting``, ``slurm`` and ``doctor`` only ``build`` a run, which trains nothing.
+``runs.fit`` calls ``fit_stage``. ``exporting``, ``slurm`` and ``doctor`` only ``build`` a run, which trains nothing.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any, cast
 
 import torch
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
@@ -27,14 +27,14 @@ from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.profilers import Profiler, PyTorchProfiler, SimpleProfiler
 
 from maskgit_pl.data import ShardData, ShardDataConfig, split_batch
-from maskgit_pl.devices import describe_environment
+from maskgit_pl.devices import default_device, describe_environment, has_bfloat16
 from maskgit_pl.errors import is_user_error
-from maskgit_pl.files import check_writable, read_json, write_text
+from maskgit_pl.files import check_writable, read_json, read_yaml, write_text
 from maskgit_pl.folders import hold_lock
 from maskgit_pl.networks.weights import ZeroWeights
 from maskgit_pl.pipeline.card import write_card
 from maskgit_pl.pretrained.networks import check_stage_folder, fingerprint, has_weights_of
-from maskgit_pl.processes import catch_stop_signals, hide_launcher
+from maskgit_pl.processes import hide_launcher
 from maskgit_pl.runs.callbacks import (
     ProgressLines,
     ReconstructionPictures,
@@ -42,13 +42,13 @@ from maskgit_pl.runs.callbacks import (
     UnreadableReport,
     callbacks,
 )
-from maskgit_pl.runs.plan import Folders, Inputs, Plan, merge_values, plan_run, read_inputs
-from maskgit_pl.runs.recipe import Recipe, config_text
+from maskgit_pl.runs.plan import Inputs, Plan, merge_values, read_inputs
+from maskgit_pl.runs.recipe import config_text
 from maskgit_pl.runs.resolve import (
-    AUTO,
+    Precision,
     ResolvedRun,
     TokenizerRun,
-    choose_precision,
+    TrainerSettings,
     fixed_settings,
     free_keys,
     list_changes,
@@ -68,9 +68,18 @@ from maskgit_pl.training.loggers import TolerantLogger, loggers
 from maskgit_pl.training.speed import SpeedMonitor
 from maskgit_pl.training.stopping import StepCheck, Watchdog, disable_sigterm_handler
 from maskgit_pl.training.strategies import build_strategy, check_strategy
+from maskgit_pl.transformer.autoregressive import AutoregressiveModel
+from maskgit_pl.transformer.distilled_model import DistilledModel
+from maskgit_pl.transformer.mvtm import MaskedTokenModel
 from maskgit_pl.transformer.token_model import TokenModel
 
 log = logging.getLogger(__name__)
+
+AUTO = "auto"
+
+# The smallest widths that gain from bf16-mixed (docs/speed.md): a step of stage 1 takes 0.75 of its time with
+# 64 base channels and 0.98 with 32; a step of stage 2 takes 0.59 to 0.71 of its time with 256 dimensions.
+_WIDE: dict[str, tuple[str, int]] = {"tokenizer": ("base_channels", 64), "transformer": ("embed_dim", 256)}
 
 _WEIGHTS = ("tokenizer", "teacher")  # keys of the pretrained folders that a module of stage 2 uses
 _EXPORTED = "exported.json"  # in the stage folder: the exported step, and the hash of the export
@@ -144,14 +153,62 @@ class StageRun:
     watchdog: Watchdog
 
 
-def resolve_run(plan: Plan, inputs: Inputs) -> ResolvedRun:
-    """Builds all values of a run , with the chosen precision."""
-    values = resolve(plan.recipe.kind, merge_values(plan, inputs))
+def resolve_run(plan: Plan, inputs: Inputs, values: ResolvedRun | None = None) -> ResolvedRun:
+    """Returns all values of a run with the chosen precision; builds them unless they are given."""
+    values = values or resolve(plan.recipe.kind, merge_values(plan, inputs))
     precision = choose_precision(values.trainer, values.model.network, plan.stage, plan.stage_folder)
     return replace(values, trainer=replace(values.trainer, precision=precision))
 
 
-def build(plan: Plan, callbacks: Sequence[Callback] = (), *, inputs: Inputs | None = None) -> StageRun:
+def choose_precision(
+    trainer: TrainerSettings, network: object, stage: str, folder: Path, *, on_gpu: bool = False
+) -> Precision:
+    """Returns the precision of a run, which is that of its recipe unless it is ``auto``.
+
+    1. A run that has a checkpoint keeps the precision of its last start, so that it continues as it began.
+    2. A wide network trains with ``bf16-mixed`` on GPUs, or on one CPU, that have instructions for bfloat16.
+    3. Any other run trains with ``32-true``: the CPUs of several ranks could choose differently.
+
+    Args:
+        trainer: Settings of the Trainer.
+        network: Configuration of the network.
+        stage: Stage to train.
+        folder: Stage folder.
+        on_gpu: True for a run on a GPU with the instructions, which this machine may lack.
+    """
+    if trainer.precision != AUTO:
+        return trainer.precision
+    if newest_checkpoint(folder / "checkpoints") is not None:  # 1.
+        return cast(Precision, read_yaml(folder / "config.yaml")["trainer"]["precision"])
+    key, width = _WIDE[stage]
+    size = getattr(network, key, None)
+    is_wide = isinstance(size, int) and size >= width  # the keys of plug-ins are theirs
+    device = "cpu" if trainer.accelerator == "cpu" else default_device()
+    is_one_choice = trainer.strategy == "auto" or device != "cpu"
+    is_fast = on_gpu or (is_one_choice and has_bfloat16(device))
+    return "bf16-mixed" if is_wide and is_fast else "32-true"  # 2. and 3.
+
+
+_MODULES: dict[str, type[Tokenizer] | type[MaskedTokenModel] | type[AutoregressiveModel]] = {  # by kind of recipe
+    "tokenizer": Tokenizer,
+    "transformer": MaskedTokenModel,
+    "autoregressive": AutoregressiveModel,
+    "distillation": DistilledModel,
+}
+
+
+def create_module(plan: Plan, values: ResolvedRun) -> Tokenizer | TokenModel:
+    """Creates the module of a run, with initial weights."""
+    return _MODULES[plan.recipe.kind](values.model)
+
+
+def build(
+    plan: Plan,
+    callbacks: Sequence[Callback] = (),
+    *,
+    inputs: Inputs | None = None,
+    values: ResolvedRun | None = None,
+) -> StageRun:
     """Builds module, data and Trainer of a run, and divides its global batch among the devices. Trains nothing.
 
     It changes settings of the process, such as the threads of torch, which the training needs: call it inside
@@ -161,12 +218,13 @@ def build(plan: Plan, callbacks: Sequence[Callback] = (), *, inputs: Inputs | No
         plan: Folders of the run, and the stage.
         callbacks: Callbacks of the Trainer, beside those of the recipe.
         inputs: What the run reads first; None reads it.
+        values: All values of the run, without the chosen precision; None builds them.
     """
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # hide its tips and device lists
     for message in _EXPECTED_WARNINGS:
         warnings.filterwarnings("ignore", message=f".*{message}")
     inputs = inputs or read_inputs(plan)
-    values = resolve_run(plan, inputs)
+    values = resolve_run(plan, inputs, values)
     # Threads and precision of torch come before any computation.
     if values.cpu_threads is not None:
         torch.set_num_threads(values.cpu_threads)
@@ -174,7 +232,7 @@ def build(plan: Plan, callbacks: Sequence[Callback] = (), *, inputs: Inputs | No
     torch.backends.cudnn.allow_tf32 = values.matmul_precision != "highest"  # for convolutions
     # Only initial weights use torch's generator: all other random numbers are functions of the recipe's seed.
     torch.manual_seed(values.data.seed)
-    data, module = ShardData(values.data, inputs.data), values.module(values.model)
+    data, module = ShardData(values.data, inputs.data), create_module(plan, values)
     weights = {name: fingerprint(path) for name in _WEIGHTS if (path := getattr(values.model, name, None)) is not None}
     fixed = fixed_settings(values.tree, free=free_keys(values.model), data=data.fingerprint, **weights)
     _check_unchanged(plan, fixed)
@@ -210,7 +268,7 @@ def build_without_weights(plan: Plan) -> tuple[ResolvedRun, Tokenizer | TokenMod
     """
     with leave_no_trace():
         values = resolve_run(plan, read_inputs(plan))
-        return values, values.module(values.model)
+        return values, create_module(plan, values)
 
 
 @contextmanager
@@ -341,42 +399,16 @@ class FitResult:
         return self.folder / "pretrained"
 
 
-def fit(recipe: Recipe, *, callbacks: Sequence[Callback] = (), **folders: Unpack[Folders]) -> FitResult:
-    """Trains a stage of a run and exports it. Resumes an interrupted run, and does nothing for a finished one.
-
-    During training, SIGTERM and a first Ctrl-C save the run and raise PreemptedError; the same call resumes it. With
-    several ranks, an error that only one rank has ends its process with the exit code of the command, and the other
-    ranks, which would wait for it, with 70. A step that hangs ends the process with 70, too.
-
-    Args:
-        recipe: Values of the run, and the stage.
-        callbacks: Callbacks of the Trainer, beside those of the recipe.
-        folders: See ``Folders``.
-
-    Raises:
-        FileNotFoundError: if data, tokenizer or pretrained folder do not exist.
-        ValueError: if the recipe is invalid, data or tokenizer do not fit, an output cannot be written, the
-            settings of the run have changed, or another process trains it.
-        FileExistsError: if there are other files in the folder of the export.
-        RunError: if training ends early: a stop signal, unreadable data, a full disk, non-finite losses. See
-            ``maskgit_pl.errors``.
-        KeyboardInterrupt: at a second Ctrl-C. The same call resumes the run from its last checkpoint.
-    """
-    plan = plan_run(recipe, **folders)
-    try:
-        with catch_stop_signals():
-            return fit_stage(plan, callbacks)
-    except SystemExit as stop:
-        # Lightning turns KeyboardInterrupt into SystemExit, which would end a notebook's kernel.
-        if isinstance(stop.__context__, KeyboardInterrupt):
-            raise KeyboardInterrupt from stop
-        raise
-
-
 @restore_process_state()
-def fit_stage(plan: Plan, callbacks: Sequence[Callback] = ()) -> FitResult:
-    """Trains a stage and exports it; does nothing if the run is finished. See ``fit`` for errors."""
-    run = build(plan, callbacks)
+def fit_stage(
+    plan: Plan,
+    callbacks: Sequence[Callback] = (),
+    *,
+    inputs: Inputs | None = None,
+    values: ResolvedRun | None = None,
+) -> FitResult:
+    """Trains a stage and exports it; does nothing if the run is finished. See ``runs.fit`` and ``build``."""
+    run = build(plan, callbacks, inputs=inputs, values=values)
     trainer = run.trainer
     newest = newest_checkpoint(plan.checkpoints)
     if newest is not None and step_of(newest) >= trainer.max_steps and _is_exported(plan, step_of(newest)):

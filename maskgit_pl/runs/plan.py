@@ -157,10 +157,15 @@ def folder_of(run: str | Path) -> Path:
 
 def find_data(recipe: Recipe, data: str | Path | None = None) -> Path:
     """Finds the data folder of a run: the named one, else that of the repeated run, else that of the data set."""
-    shards = Path(data or recipe.paths.get("data.path") or _SHARDS / recipe.dataset)
+    return find_data_folder(recipe.dataset, data or recipe.paths.get("data.path"))
+
+
+def find_data_folder(dataset: str, data: str | Path | None = None) -> Path:
+    """Finds a data folder: the named one, else that of the data set."""
+    shards = Path(data or _SHARDS / dataset)
     if not shards.is_dir():
         raise FileNotFoundError(
-            f"data {shards}: no such folder; {how_to_get(recipe.dataset, shards)}, or name another with --data"
+            f"data {shards}: no such folder; {how_to_get(dataset, shards)}, or name another with --data"
         )
     return shards
 

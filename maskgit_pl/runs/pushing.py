@@ -20,11 +20,9 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError 
 )
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # not listed in its __all__
 
+from maskgit_pl import pipeline
 from maskgit_pl.errors import BAD_INPUT, RunError
-from maskgit_pl.pipeline.card import PLACEHOLDER, describe_folder, model_card
-from maskgit_pl.pipeline.model import MaskGIT
 from maskgit_pl.pipeline.sharing import FILES, local_folder
-from maskgit_pl.pretrained.networks import read_config
 from maskgit_pl.text import python_string, shorten
 
 _CARD = "README.md"
@@ -72,9 +70,12 @@ def plan_push(model: str | Path, hub_id: str, *, license: str | None = None) -> 
         raise ValueError(f"hub_id must be accepted by the Hub, such as alice/maskgit-flowers: {error}") from error
     # 1.
     folder = local_folder(model)
+    from maskgit_pl.pipeline.card import PLACEHOLDER, describe_folder, model_card  # torch takes a second to import
+    from maskgit_pl.pretrained.networks import read_config
+
     files = dict(_find_files(folder))
     # 2.
-    MaskGIT.from_pretrained(folder, pack_weights=False)
+    pipeline.MaskGIT.from_pretrained(folder, pack_weights=False)
     # 3.
     if _CARD in files:
         text = files.pop(_CARD).read_text(encoding="utf-8")

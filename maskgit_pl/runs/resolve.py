@@ -16,29 +16,17 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from functools import cache, cached_property
-from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, ClassVar, Literal, Union, cast, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from pydantic import Field
 
 from maskgit_pl.checks import WrongValue, describe_wrong_values, type_adapter, validate
-from maskgit_pl.data import ShardDataConfig
-from maskgit_pl.devices import default_device, has_bfloat16
-from maskgit_pl.files import read_yaml
+from maskgit_pl.data.config import ShardDataConfig, derive_values
 from maskgit_pl.networks.backbone import BUILT_IN, DEFAULT_BACKBONE, BackboneConfig, config_class
-from maskgit_pl.tokenizer.module import Tokenizer, TokenizerConfig
-from maskgit_pl.training.checkpoints import newest_checkpoint
-from maskgit_pl.training.loading import derive_values
-from maskgit_pl.transformer.autoregressive import AutoregressiveConfig, AutoregressiveModel
-from maskgit_pl.transformer.distillation import DistillationConfig, DistilledModel
-from maskgit_pl.transformer.mvtm import MaskedTokenConfig, MaskedTokenModel
-
-AUTO = "auto"
-
-# The smallest widths that gain from bf16-mixed (docs/speed.md): a step of stage 1 takes 0.75 of its time with
-# 64 base channels and 0.98 with 32; a step of stage 2 takes 0.59 to 0.71 of its time with 256 dimensions.
-_WIDE: dict[str, tuple[str, int]] = {"tokenizer": ("base_channels", 64), "transformer": ("embed_dim", 256)}
+from maskgit_pl.tokenizer.config import TokenizerConfig
+from maskgit_pl.transformer.config import AutoregressiveConfig, MaskedTokenConfig
+from maskgit_pl.transformer.distillation import DistillationConfig
 
 # These settings of data must not change; the fields of a model say themselves which may (``MAY_CHANGE``).
 _DATA = ("image_size", "in_channels", "augmentations", "global_batch", "seed")
@@ -130,8 +118,6 @@ class ResolvedRun(RunSettings):
     model: Any
     trainer: TrainerSettings = TrainerSettings()  # frozen
 
-    module: ClassVar[type[Tokenizer] | type[MaskedTokenModel] | type[AutoregressiveModel]]
-
     @cached_property
     def tree(self) -> dict[str, Any]:
         """The values as a tree of plain values and lists, which begins with ``data``, ``model`` and ``trainer``."""
@@ -144,7 +130,6 @@ class TokenizerRun(ResolvedRun):
     """All values of a run of stage 1."""
 
     model: TokenizerConfig
-    module = Tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,7 +137,6 @@ class MaskedRun(ResolvedRun):
     """All values of a run of stage 2 with masked tokens."""
 
     model: MaskedTokenConfig
-    module = MaskedTokenModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,7 +144,6 @@ class AutoregressiveRun(ResolvedRun):
     """All values of a run of stage 2 with causal attention."""
 
     model: AutoregressiveConfig
-    module = AutoregressiveModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,7 +151,6 @@ class DistillationRun(ResolvedRun):
     """All values of a distillation, the third kind of stage 2."""
 
     model: DistillationConfig
-    module = DistilledModel
 
 
 RUNS: dict[str, type[ResolvedRun]] = {
@@ -196,40 +178,11 @@ def find_faults(kind: str, tree: Mapping[str, Any]) -> list[WrongValue]:
 
 def _build(kind: str, tree: Mapping[str, Any]) -> ResolvedRun | list[WrongValue]:
     """Builds all values, or returns what is wrong."""
-    tree = derive_values(RUNS[kind].module.config_class, tree)
+    tree = derive_values(get_type_hints(RUNS[kind])["model"], tree)
     try:
         return validate(RUNS[kind], tree)
     except ValueError as error:
         return describe_wrong_values(error, tree, "", keys=known_keys(kind, tree["model"]["network"]))
-
-
-def choose_precision(
-    trainer: TrainerSettings, network: object, stage: str, folder: Path, *, on_gpu: bool = False
-) -> Precision:
-    """Returns the precision of a run, which is that of its recipe unless it is ``auto``.
-
-    1. A run that has a checkpoint keeps the precision of its last start, so that it continues as it began.
-    2. A wide network trains with ``bf16-mixed`` on GPUs, or on one CPU, that have instructions for bfloat16.
-    3. Any other run trains with ``32-true``: the CPUs of several ranks could choose differently.
-
-    Args:
-        trainer: Settings of the Trainer.
-        network: Configuration of the network.
-        stage: Stage to train.
-        folder: Stage folder.
-        on_gpu: True for a run on a GPU with the instructions, which this machine may lack.
-    """
-    if trainer.precision != AUTO:
-        return trainer.precision
-    if newest_checkpoint(folder / "checkpoints") is not None:  # 1.
-        return cast(Precision, read_yaml(folder / "config.yaml")["trainer"]["precision"])
-    key, width = _WIDE[stage]
-    size = getattr(network, key, None)
-    is_wide = isinstance(size, int) and size >= width  # the keys of plug-ins are theirs
-    device = "cpu" if trainer.accelerator == "cpu" else default_device()
-    is_one_choice = trainer.strategy == "auto" or device != "cpu"
-    is_fast = on_gpu or (is_one_choice and has_bfloat16(device))
-    return "bf16-mixed" if is_wide and is_fast else "32-true"  # 2. and 3.
 
 
 def fixed_settings(tree: Mapping[str, Any], *, free: Collection[str], data: str, **weights: str) -> dict[str, Any]:

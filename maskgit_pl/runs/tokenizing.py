@@ -19,8 +19,7 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 
-from maskgit_pl.data import describe_store
-from maskgit_pl.data import tokenize as make_store
+from maskgit_pl import data
 from maskgit_pl.data.manifest import read_manifest_summary
 from maskgit_pl.data.token_store import (
     StoreDescription,
@@ -78,7 +77,7 @@ def tokenize(
     description = _describe(views, plan.folder, plan.shards, loaded)
     store = _store_of(plan.folder, description)
     with hold_lock(store, hint="name another run (--run)", rank=rank), torch.inference_mode():
-        make_store(
+        data.tokenize(
             plan.shards,
             store,
             description,
@@ -107,7 +106,7 @@ def _describe(named: dict[str, Any], folder: Path, shards: Path, tokenizer: Pret
     """Describes the wanted store. A run with a store keeps its views and its precision if ``named`` is empty."""
 
     def describe(**views: Any) -> StoreDescription:
-        return describe_store(
+        return data.describe_store(
             shards,
             grid=tokenizer.grid,
             codebook_size=tokenizer.network.config.codebook_size,

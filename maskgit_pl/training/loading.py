@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import inspect
 from abc import abstractmethod
-from collections.abc import Mapping
-from dataclasses import fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
@@ -13,31 +11,13 @@ import torch
 from lightning.pytorch import LightningModule
 
 from maskgit_pl.checks import build_dataclass
-from maskgit_pl.data import ShardDataConfig
+from maskgit_pl.data.config import derive_values
 from maskgit_pl.files import read_yaml
 from maskgit_pl.registry import nearest
 from maskgit_pl.text import shorten
 from maskgit_pl.training.checkpoints import load_module, newest_checkpoint
 
 _OPTIONS = ("map_location", "hparams_file", "strict", "weights_only")
-
-
-def derive_values(config_class: type[Any], tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a copy of the tree of a recipe with the keys of the module that follow from those of data.
-
-    Args:
-        config_class: Dataclass of the module's configuration.
-        tree: Nested mappings of plain values, with the keys ``data`` and ``model``.
-    """
-    data, model = dict(tree.get("data", {})), {"network": {}, **tree.get("model", {})}
-    names = {field.name for field in fields(config_class)}
-    for name in ("seed", "global_batch", "image_size"):
-        if name in names:
-            model[name] = data.get(name, getattr(ShardDataConfig, name))
-    if "image_size" in names:  # stage 1
-        in_channels = data.get("in_channels", ShardDataConfig.in_channels)
-        model["network"] = {**model["network"], "in_channels": in_channels}
-    return {**tree, "data": data, "model": model}
 
 
 class RunModule(LightningModule):

@@ -21,8 +21,6 @@ from typing import Any, ClassVar, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
 
 from maskgit_pl.checks import MAY_CHANGE, check_choice, check_integer, check_number
@@ -278,6 +276,8 @@ def update_ema(ema: nn.Module, source: nn.Module, *, decay: float, step: int) ->
 
     Source: Kingma and Ba, arXiv:1412.6980, section 3.
     """
+    from torch.distributed.fsdp import FSDPModule  # takes a second
+
     for module in ema.modules():
         if isinstance(module, FSDPModule):  # it keeps the gathered parameters of the root after a forward pass
             module.reshard()
@@ -290,4 +290,6 @@ def update_ema(ema: nn.Module, source: nn.Module, *, decay: float, step: int) ->
 
 
 def _local(tensor: Tensor) -> Tensor:
+    from torch.distributed.tensor import DTensor  # takes a second
+
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()

@@ -1,13 +1,9 @@
-"""Strategies for several devices, and activation checkpointing and compilation of the blocks of a network.
+"""Strategies for several devices.
 
 A recipe names the strategy: ``auto`` (one device), ``ddp`` or ``fsdp``. They differ from Lightning's
 strategies in three points. DDP wraps the two networks of stage 1 separately, which avoids the search for
 unused parameters. FSDP2 reads and writes the same checkpoint folders as DDP. Both take batches that the data
 module has already divided among the ranks.
-
-Activation checkpointing and ``torch.compile`` replace the ``forward`` of the blocks of a network in place
-instead of wrapping the blocks. The names in a state dict do not change, and the hooks of DDP and FSDP2 are
-neither compiled nor run a second time.
 """
 
 from __future__ import annotations
@@ -16,7 +12,7 @@ from collections.abc import Iterable
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
@@ -26,14 +22,10 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_f
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
-from torch.utils.checkpoint import checkpoint
 from typing_extensions import override
 
 from maskgit_pl.registry import describe
 from maskgit_pl.training.checkpoints import FolderCheckpointIO, SavedTensor, local_rows
-
-ActivationCheckpointing = Literal["none", "blocks"]
-Compiled = Literal["none", "blocks"]
 
 PRECISIONS = ("32-true", "bf16-mixed")
 """Precisions of training for both stages, in Lightning's names."""
@@ -89,31 +81,6 @@ def check_precision(name: str) -> None:
             f"trainer.precision must be {' or '.join(PRECISIONS)}, got {name}: with 16-bit weights, a moving average "
             "with a decay of 0.999 does not move, and float16 losses are not scaled"
         )
-
-
-def prepare_blocks(
-    blocks: Iterable[nn.Module],
-    *,
-    activation_checkpointing: ActivationCheckpointing = "none",
-    compiled: Compiled = "none",
-) -> None:
-    """Applies activation checkpointing and compilation to blocks.
-
-    Must be called once, on the trained network and not on its average, before it is sharded.
-
-    Args:
-        blocks: Modules whose ``forward`` takes tensors and returns one.
-        activation_checkpointing: ``blocks`` keeps only the inputs of each block for the backward pass, which
-            runs the block again with the same dropout mask. Losses and gradients are bit-exact.
-        compiled: ``blocks`` compiles each block with ``torch.compile`` at its first call. Sums are then
-            rounded in a different order, and dropout draws different numbers.
-    """
-    for block in blocks:
-        if compiled == "blocks":
-            block.forward = torch.compile(block.forward)
-        # Checkpointing goes around the compiled forward; in the other order, nothing would be compiled.
-        if activation_checkpointing == "blocks":
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
 def shard_blocks(network: nn.Module, blocks: Iterable[nn.Module], mesh: DeviceMesh, *, precision: str) -> None:

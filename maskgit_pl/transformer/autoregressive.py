@@ -8,45 +8,18 @@ Source: paper, Table 1 (VQGAN*: "the same setup as MaskGIT") and Figure 4; Esser
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import KW_ONLY, dataclass, field
 
 import torch
 from torch import Tensor
 
-from maskgit_pl.checks import MAY_CHANGE, check_choice
 from maskgit_pl.data.batches import Batch
 from maskgit_pl.decoding.autoregressive import decode_autoregressive
-from maskgit_pl.decoding.config import AutoregressiveDecoding
 from maskgit_pl.decoding.decoder import DecodingStep
 from maskgit_pl.decoding.predictors import ConditionalModel
 from maskgit_pl.masking import Draws
 from maskgit_pl.networks.backbone import create_network
-from maskgit_pl.transformer.token_model import NUM_BINS, TokenModel, TokenModelConfig, check_decoding
-
-
-@dataclass(frozen=True)
-class AutoregressiveConfig(TokenModelConfig):
-    """The configuration of ``AutoregressiveModel``: that of ``TokenModelConfig``, with causal attention.
-
-    Args:
-        decoding: Decoding settings for sample images, and of the exported model.
-
-    Raises:
-        ValueError: if a number is out of range, a name is unknown, or guidance is set without a null class.
-    """
-
-    _: KW_ONLY
-    decoding: AutoregressiveDecoding = field(default=AutoregressiveDecoding(), metadata=MAY_CHANGE)  # as in ``mvtm``
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_choice("network.attention", self.network.attention, ("causal",))
-        if self.network.condition_dim:
-            raise ValueError(
-                f"network.condition_dim must be 0 with causal attention, got {self.network.condition_dim}: its "
-                "sampling takes no vectors; use bidirectional attention"
-            )
-        check_decoding(self.decoding.to_config(self.network.num_tokens), self.network, is_autoregressive=True)
+from maskgit_pl.transformer.config import AutoregressiveConfig
+from maskgit_pl.transformer.token_model import NUM_BINS, TokenModel
 
 
 class AutoregressiveModel(TokenModel):

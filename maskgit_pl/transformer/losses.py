@@ -19,7 +19,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +29,20 @@ from torch import Tensor, nn
 from maskgit_pl.checks import check_number
 from maskgit_pl.networks.backbone import likeliest_tokens, split_tokens
 from maskgit_pl.registry import Registry, derives_from
+
+
+class StepLosses(NamedTuple):
+    """The result of forward pass and loss for a micro-batch.
+
+    Args:
+        loss: Scalar float32, with a graph.
+        token_losses: (M,) float32: negative log-likelihoods of the predicted tokens, detached.
+        hits: (M,) float32: 1 where the most likely code is the right one.
+    """
+
+    loss: Tensor
+    token_losses: Tensor
+    hits: Tensor
 
 
 def token_cross_entropy(

@@ -7,90 +7,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass, field
-from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from maskgit_pl.checks import MAY_CHANGE, check_choice, check_integer
 from maskgit_pl.data.batches import Batch
-from maskgit_pl.decoding.config import DecodingConfig, set_specs
-from maskgit_pl.decoding.corruption import Corruption, Mask, corruptions
+from maskgit_pl.decoding.corruption import Mask
 from maskgit_pl.decoding.decoder import DecodingStep, decode_classes
 from maskgit_pl.decoding.predictors import ConditionalModel
-from maskgit_pl.masking import Draws, MaskSampler, mask_positions, mask_ratios
+from maskgit_pl.masking import Draws
 from maskgit_pl.networks.backbone import create_network
 from maskgit_pl.randomness import random_uniform
-from maskgit_pl.schedules import mask_schedules
-from maskgit_pl.transformer.losses import Objective, TokenLosses, objectives
-from maskgit_pl.transformer.token_model import NUM_BINS, TokenModel, TokenModelConfig, check_decoding
-
-
-@dataclass(frozen=True)
-class MaskedTokenConfig(TokenModelConfig):
-    """The configuration of ``MaskedTokenModel``: that of ``TokenModelConfig``, with bidirectional attention, and masks.
-
-    Args:
-        global_batch: Samples per step over all ranks and micro-batches. The mask ratios of a global batch are
-            stratified; see ``MaskSampler``.
-        mask_schedule: Name or mapping of a registered mask schedule, for training and decoding; this and the
-            following parts may be objects of registered classes, too.
-        mask_ratio: Name or mapping of a registered distribution of the mask ratio in training.
-        mask_positions: Name or mapping of a registered rule for the positions that are masked in training.
-        corruption: Name or mapping of a registered corruption, what the network sees of the tokens in training.
-        objective: Name or mapping of a registered objective, the loss of the training.
-        decoding: Decoding settings for sample images, and of the exported model.
-
-    Raises:
-        ValueError: if a number is out of range, a name is unknown, there are more decoding steps than tokens, or
-            guidance is set without a null class.
-    """
-
-    _: KW_ONLY
-    global_batch: int = field(metadata=MAY_CHANGE)  # that of data is compared instead
-    mask_schedule: str | dict[str, Any] = "cosine"
-    mask_ratio: str | dict[str, Any] = "schedule"
-    mask_positions: str | dict[str, Any] = "uniform"
-    corruption: str | dict[str, Any] = "mask"
-    objective: str | dict[str, Any] = "masked_cross_entropy"
-    decoding: DecodingConfig = field(default=DecodingConfig(), metadata=MAY_CHANGE)  # only of pictures and exports
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_choice("network.attention", self.network.attention, ("bidirectional",))
-        set_specs(
-            self,
-            mask_schedule=mask_schedules,
-            mask_ratio=mask_ratios,
-            mask_positions=mask_positions,
-            corruption=corruptions,
-            objective=objectives,
-        )
-        check_integer("global_batch", self.global_batch, "[1, 4294967296]")
-        _ = self.sampler, self.built_corruption, self.built_objective  # raises if a part is unknown or wrong
-        check_decoding(self.decoding, self.network, is_autoregressive=False)
-
-    @cached_property
-    def sampler(self) -> MaskSampler:
-        """The sampler of the masks. Its schedule is the one that decoding follows."""
-        return MaskSampler(
-            mask_schedules.build(self.mask_schedule),
-            self.seed,
-            mask_ratios.build(self.mask_ratio),
-            mask_positions.build(self.mask_positions),
-        )
-
-    @cached_property
-    def built_corruption(self) -> Corruption:
-        """The corruption that ``corruption`` names."""
-        return corruptions.build(self.corruption)
-
-    @cached_property
-    def built_objective(self) -> Objective:
-        """The objective that ``objective`` names."""
-        return objectives.build(self.objective)
+from maskgit_pl.transformer.config import MaskedTokenConfig
+from maskgit_pl.transformer.losses import TokenLosses
+from maskgit_pl.transformer.token_model import NUM_BINS, TokenModel
 
 
 class MaskedTokenModel(TokenModel):

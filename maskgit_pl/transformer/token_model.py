@@ -29,26 +29,25 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Any
 
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
-from pydantic import BeforeValidator
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MeanMetric
 
-from maskgit_pl.checks import MAY_CHANGE, check_class_names, check_folder, check_number, check_seed, height_width
+from maskgit_pl.checks import check_class_names, height_width
 from maskgit_pl.data.batches import Batch, check_batch, flip
 from maskgit_pl.decoding.config import DecodingConfig
 from maskgit_pl.decoding.corruption import Corruption
 from maskgit_pl.decoding.decoder import DecodingStep
 from maskgit_pl.masking import Draws, true_positions
-from maskgit_pl.networks.backbone import Backbone, BackboneConfig, Vocabulary, read_config_values
+from maskgit_pl.networks.backbone import Backbone, BackboneConfig
+from maskgit_pl.networks.blocks import prepare_blocks
 from maskgit_pl.networks.vqgan import to_unit_range
 from maskgit_pl.pretrained.fine_tuning import weights_for
 from maskgit_pl.pretrained.networks import (
@@ -62,79 +61,17 @@ from maskgit_pl.pretrained.networks import (
 from maskgit_pl.randomness import random_bits, random_uniform
 from maskgit_pl.training.checkpoints import full_state
 from maskgit_pl.training.loading import RunModule
-from maskgit_pl.training.optimizers import OptimizerConfig, build_optimizer, frozen_copy, parameter_groups, update_ema
+from maskgit_pl.training.optimizers import build_optimizer, frozen_copy, parameter_groups, update_ema
 from maskgit_pl.training.stopping import StepCheck, clip_gradients
 from maskgit_pl.training.strategies import (
-    ActivationCheckpointing,
-    Compiled,
     check_precision,
-    prepare_blocks,
     shard_blocks,
 )
-from maskgit_pl.transformer.losses import mean_over_rows, outputs_of, token_statistics
+from maskgit_pl.transformer.config import TokenModelConfig
+from maskgit_pl.transformer.losses import StepLosses, mean_over_rows, outputs_of, token_statistics
 
 NUM_BINS = 4
 """The number of groups of predicted tokens whose losses are logged separately."""
-
-LossVocabulary = Literal["codes", "all"]
-
-
-@dataclass(frozen=True)
-class TokenModelConfig:
-    """The fields that both models' configurations share.
-
-    Args:
-        network: Configuration of the backbone.
-        optimizer: The optimizer and its learning rate.
-        tokenizer: Path of the pretrained tokenizer folder; None for tokens of another tokenizer.
-        label_smoothing: Label smoothing of the training loss, in [0, 1).
-        loss_vocabulary: Columns of the softmax of the loss: ``codes``, or ``all`` rows of the token
-            embedding. With token groups it is ``codes``: the softmax of each group.
-        ema_decay: Decay of the averaged weights, which are sampled, evaluated and exported, in [0, 1); with 0 they
-            are those of the last step.
-        flip_probability: Probability of a horizontal flip, in [0, 1]; only for images that are encoded on the fly.
-        seed: Seed of masks, class dropout, flips and dropout, in [0, 2**32).
-        activation_checkpointing: ``blocks`` saves memory by computing the blocks again in the backward pass.
-        compiled: ``blocks`` compiles the blocks of the trained network with ``torch.compile``.
-    """
-
-    network: Annotated[BackboneConfig, BeforeValidator(read_config_values)]
-    optimizer: OptimizerConfig
-    tokenizer: str | None = field(metadata=MAY_CHANGE)  # a path; the content of the folder is compared instead
-    _: KW_ONLY
-    label_smoothing: float = 0.1
-    loss_vocabulary: LossVocabulary = "all"
-    ema_decay: float = 0.999
-    flip_probability: float = 0.0
-    seed: int = field(default=0, metadata=MAY_CHANGE)  # that of data is compared instead
-    activation_checkpointing: ActivationCheckpointing = field(default="none", metadata=MAY_CHANGE)
-    compiled: Compiled = field(default="none", metadata=MAY_CHANGE)
-
-    def __post_init__(self) -> None:
-        if self.tokenizer is not None:
-            object.__setattr__(self, "tokenizer", check_folder("tokenizer", self.tokenizer))  # a Path is no plain value
-        check_number("label_smoothing", self.label_smoothing, "[0, 1)")
-        check_number("ema_decay", self.ema_decay, "[0, 1)")
-        check_number("flip_probability", self.flip_probability, "[0, 1]")
-        check_seed("seed", self.seed)
-
-    @property
-    def loss_columns(self) -> Vocabulary:
-        """The columns of the logits of the loss: ``loss_vocabulary``, or those of the token groups if there are any."""
-        return self.network.loss_columns(self.loss_vocabulary)
-
-
-def check_decoding(decoding: DecodingConfig, network: BackboneConfig, *, is_autoregressive: bool) -> None:
-    """Checks that a network supports decoding settings: names, numbers, and guidance only with a null class."""
-    try:
-        decoding.check(network.num_tokens, is_autoregressive=is_autoregressive)
-    except ValueError as error:
-        raise ValueError(f"decoding: {error}") from error
-    if any(decoding.scales()) and network.null_label is None:
-        raise ValueError(
-            f"decoding.guidance must have scale 0 for a network without a null class, got {decoding.guidance!r} with "
-            "class_dropout 0; set model.network.class_dropout above 0 or model.decoding.guidance to constant"
-        )
 
 
 def check_tokenizer(config: BackboneConfig, tokenizer: PretrainedTokenizer) -> None:
@@ -146,20 +83,6 @@ def check_tokenizer(config: BackboneConfig, tokenizer: PretrainedTokenizer) -> N
                 f"model.network.{name} must be {expected}, that of the tokenizer, got {value}; leave the key out, or "
                 "name another tokenizer"
             )
-
-
-class StepLosses(NamedTuple):
-    """The result of forward pass and loss for a micro-batch.
-
-    Args:
-        loss: Scalar float32, with a graph.
-        token_losses: (M,) float32: negative log-likelihoods of the predicted tokens, detached.
-        hits: (M,) float32: 1 where the most likely code is the right one.
-    """
-
-    loss: Tensor
-    token_losses: Tensor
-    hits: Tensor
 
 
 class TokenModel(RunModule):

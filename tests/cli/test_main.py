@@ -105,6 +105,14 @@ for words, wanted in (
         code = stop.code
     assert code == wanted, words
     assert not {"torch", "lightning", "PIL"} & set(sys.modules), words
+for words in (
+    ["evaluate", "x"], ["evaluate-tokenizer", "x"], ["tune", "x"], ["sample", "x"], ["web", "x"], ["distill", "x"],
+    ["edit", "x", "y.png", "--class", "z", "--strength", "1"], ["ablation", "--of", "x"], ["export", "x"],
+    ["push", "x", "y/z"], ["demo", "--dataset", "x"], ["train", "tokenizer", "--data", "x"], ["data", "verify", "x"],
+    ["tokenize", "--data", "x"], ["data", "make", "x", "--out", "y"], ["data", "fetch", "x"],
+):
+    assert main(words) == 2, words
+    assert not {"torch", "lightning"} & set(sys.modules), words
 """
 
 
@@ -125,8 +133,30 @@ print(-use() + use())
     assert int(said.split()[-1]) < 2**21 / 4096  # less than one of 320 blocks has pages
 
 
-def test_help_and_wrong_flags_are_answered_without_torch():
-    subprocess.run([sys.executable, "-c", WITHOUT_TORCH], capture_output=True, check=True)
+def test_help_wrong_flags_and_wrong_paths_are_answered_without_torch(tmp_path: Path):
+    subprocess.run([sys.executable, "-c", WITHOUT_TORCH], capture_output=True, check=True, cwd=tmp_path)
+
+
+WITHOUT_LIGHTNING = """
+import sys
+from maskgit_pl.cli import main
+train = ["train", "transformer", "--data", sys.argv[1], "--tokenizer", sys.argv[2]]
+for words in (
+    [*train, "--trainer.max_step", "3"], [*train, "--trainer.max_steps", "x"], [*train, "--model.network.depth", "-1"],
+    [*train, "--model.mask_schedule", "x"], [*train, "--data.augmentations", "[x]"], ["distill", "fashion-mnist-demo"],
+    ["sample", "fashion-mnist-demo", "--classes", "x"], ["import-tokenizer", "x", "--out", "y"],
+):
+    assert main(words) == 2, words
+    assert not {"lightning.pytorch", "torchmetrics", "timm"} & set(sys.modules), words
+"""
+
+
+@pytest.mark.slow
+def test_a_wrong_value_of_a_recipe_is_answered_without_lightning(
+    tiny_shards: Path, tiny_pretrained: Path, tmp_path: Path
+):
+    command = [sys.executable, "-c", WITHOUT_LIGHTNING, str(tiny_shards), str(tiny_pretrained / "tokenizer")]
+    subprocess.run(command, capture_output=True, check=True, cwd=tmp_path)
 
 
 # Every command

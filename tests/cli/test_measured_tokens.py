@@ -10,8 +10,9 @@ import torch
 from maskgit_pl import MaskGIT
 from maskgit_pl.cli import main
 from maskgit_pl.evaluation import two_sample
-from maskgit_pl.evaluation.folders import find_run, open_data, open_evaluator, open_model
+from maskgit_pl.evaluation.folders import open_data, open_evaluator, open_model
 from maskgit_pl.evaluation.ledger import Ledger
+from maskgit_pl.evaluation.run_folders import find_run
 from maskgit_pl.runs import variants
 from tests.cli.conftest import Answer, refused
 from tests.conftest import tiny_flags

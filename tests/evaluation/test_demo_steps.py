@@ -21,6 +21,7 @@ from tests.test_makefile import run_make
 
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "tests" / "tiny"
+DEMO_TOKENIZER = ROOT / "maskgit_pl/models/fashion-mnist-demo/tokenizer"
 SAME = (".safetensors", ".npy", ".npz", ".png", ".gif")  # weights, tokens and images; other files have times
 
 
@@ -49,7 +50,7 @@ def test_own_images_are_converted_and_trained_with_a_budget() -> None:
     assert steps[0] == ["data", "make", "photos", "--out", "data/shards/mine", "--lenient"]
     assert (value(steps[1], "--recipe"), value(steps[1], "--run")) == ("adaln 15m", "mine-adaln-15m")
     assert (steps[-1][:2], value(steps[-1], "--features")) == (["evaluate", "r/mine-adaln-15m"], "classifier,lite0")
-    assert [words[0] for words in commands(tokenizer="x")] == [
+    assert [words[0] for words in commands(tokenizer=DEMO_TOKENIZER)] == [
         "data",
         "tokenize",
         "train",
@@ -65,6 +66,8 @@ def test_own_images_are_converted_and_trained_with_a_budget() -> None:
     [
         ({"images": "photos"}, ValueError, "dataset must be a name of your own .*'fashion-mnist'; add --dataset NAME"),
         ({"cluster": "ddp"}, ValueError, "trainer.devices must be 1 or a list of one index in the demo"),
+        ({"tokenizer": "x"}, FileNotFoundError, "tokenizer x: no config.json there"),
+        ({"pretrained": "x"}, FileNotFoundError, "tokenizer x/tokenizer: no config.json there"),
         ({"shrot": True}, TypeError, "demo has no options .'shrot'., only recipe, "),
     ],
 )

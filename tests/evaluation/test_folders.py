@@ -5,14 +5,8 @@ import torch
 
 from maskgit_pl.data.manifest import read_manifest_summary
 from maskgit_pl.decoding import DecodingConfig
-from maskgit_pl.evaluation.folders import (
-    check_data,
-    check_model_decoding,
-    data_name,
-    describe_held_out,
-    find_run,
-    open_model,
-)
+from maskgit_pl.evaluation.folders import check_data, check_model_decoding, describe_held_out, open_model
+from maskgit_pl.evaluation.run_folders import data_name, find_run
 from maskgit_pl.pipeline import MaskGIT
 from tests.conftest import save_tiny_pretrained
 from tests.evaluation.feature_networks import open_shards

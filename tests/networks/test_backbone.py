@@ -28,11 +28,12 @@ from maskgit_pl.networks.backbone import (
     create_network,
 )
 from maskgit_pl.networks.base_transformer import TransformerSizes
+from maskgit_pl.networks.blocks import prepare_blocks
 from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.pretrained.fine_tuning import weights_for
 from maskgit_pl.pretrained.networks import PretrainedTransformer, fingerprint, load_transformer, save_transformer
 from maskgit_pl.schedules import halton_order, mask_schedules
-from maskgit_pl.training.strategies import prepare_blocks, shard_blocks
+from maskgit_pl.training.strategies import shard_blocks
 from tests.conftest import save_tiny_pretrained
 from tests.forked import run_ranks
 from tests.networks.backbone_cases import all_configs, create, inputs, small_config

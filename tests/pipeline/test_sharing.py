@@ -18,9 +18,10 @@ from maskgit_pl.networks.transformer import TransformerConfig
 from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.pipeline.sharing import bundled_models, find_folder
 from maskgit_pl.pretrained.networks import read_decoding, save_decoding
+from maskgit_pl.runs.fitting import choose_precision
 from maskgit_pl.runs.plan import values_without_data
 from maskgit_pl.runs.recipe import STAGES, Recipe, merge
-from maskgit_pl.runs.resolve import choose_precision, resolve
+from maskgit_pl.runs.resolve import resolve
 from tests.conftest import CLASSES, save_tiny_pretrained
 from tests.pipeline.conftest import images
 from tests.short_runs import masked_model

@@ -12,13 +12,12 @@ import yaml
 from maskgit_pl import runs
 from maskgit_pl.files import parse_yaml
 from maskgit_pl.networks.backbone import BUILT_IN, config_class
-from maskgit_pl.runs import resolve
-from maskgit_pl.runs.fitting import build
+from maskgit_pl.runs import fitting, resolve
+from maskgit_pl.runs.fitting import build, choose_precision
 from maskgit_pl.runs.plan import Plan, values_without_data
 from maskgit_pl.runs.recipe import Layer, Recipe, config_text, merge
 from maskgit_pl.runs.resolve import (
     TrainerSettings,
-    choose_precision,
     fixed_settings,
     free_keys,
     json_schema,
@@ -40,7 +39,7 @@ def bfloat16(monkeypatch):
             asked.append(device)
             return exists
 
-        monkeypatch.setattr(resolve, "has_bfloat16", has_bfloat16)
+        monkeypatch.setattr(fitting, "has_bfloat16", has_bfloat16)
         return asked
 
     return set_to
@@ -70,7 +69,7 @@ def test_wide_networks_use_bfloat16_where_the_device_has_it(stage, width, exists
 
 def test_precision_follows_the_device_of_the_run_or_a_named_gpu(bfloat16, tmp_path, monkeypatch):
     asked = bfloat16(exists=False)
-    monkeypatch.setattr(resolve, "default_device", lambda: "cuda")
+    monkeypatch.setattr(fitting, "default_device", lambda: "cuda")
     for accelerator in ("cpu", "auto", "gpu"):
         choose_precision(*config("transformer", 256, accelerator=accelerator), "transformer", tmp_path)
     assert asked == ["cpu", "cuda", "cuda"]
@@ -80,7 +79,7 @@ def test_precision_follows_the_device_of_the_run_or_a_named_gpu(bfloat16, tmp_pa
 @pytest.mark.parametrize(("device", "chosen"), [("cpu", "32-true"), ("cuda", "bf16-mixed")])
 def test_several_ranks_use_bfloat16_on_gpus_only(device, chosen, bfloat16, tmp_path, monkeypatch):
     bfloat16(exists=True)
-    monkeypatch.setattr(resolve, "default_device", lambda: device)
+    monkeypatch.setattr(fitting, "default_device", lambda: device)
     assert choose_precision(*config("transformer", 256, strategy="ddp"), "transformer", tmp_path) == chosen
 
 

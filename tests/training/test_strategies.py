@@ -9,13 +9,10 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
+from maskgit_pl.networks.blocks import prepare_blocks
 from maskgit_pl.networks.transformer import TransformerConfig
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
-from maskgit_pl.training.strategies import (
-    check_strategy,
-    prepare_blocks,
-    shard_blocks,
-)
+from maskgit_pl.training.strategies import check_strategy, shard_blocks
 from tests.short_runs import assert_equal, masked_model
 
 CONFIG = masked_model(TransformerConfig(16, 3, (4, 4), 8, 2, 2, 16), "").config

@@ -15,7 +15,8 @@ from maskgit_pl.evaluation import distill
 from maskgit_pl.pretrained.networks import fingerprint, load_transformer
 from maskgit_pl.training.checkpoints import newest_checkpoint
 from maskgit_pl.training.optimizers import LearningRate, OptimizerConfig
-from maskgit_pl.transformer.distillation import DistillationConfig, DistilledModel, distillations
+from maskgit_pl.transformer.distillation import DistillationConfig, distillations
+from maskgit_pl.transformer.distilled_model import DistilledModel
 from tests.short_runs import assert_equal, data, fit
 
 METHODS = ("dimo", "guidance")
