@@ -27,11 +27,11 @@ from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.evaluation.acceptance import Acceptance, ClassJudge, Judge, TokenJudge, generate_accepted
 from maskgit_pl.evaluation.evaluator import EvaluatedModel, Evaluator, compare_images
 from maskgit_pl.evaluation.folders import open_data, open_evaluator, open_model
-from maskgit_pl.evaluation.run_folders import find_run
 from maskgit_pl.evaluation.ledger import Ledger
 from maskgit_pl.evaluation.likelihood import encode_real_grids
 from maskgit_pl.evaluation.metrics import compute_metrics, format_value, title
 from maskgit_pl.evaluation.options import CLASSIFIER, with_steps
+from maskgit_pl.evaluation.run_folders import find_run
 from maskgit_pl.evaluation.two_sample import replace_tokens
 from maskgit_pl.pipeline.bulk import BulkOptions, generate_many
 
