@@ -204,6 +204,17 @@ def test_the_faults_of_the_ladder_of_judges_are_what_they_are_named_after(script
     assert script.nearest_share(rung, tokens[1:], labels[1:]) == 0  # the grid is of another image now
 
 
+@uses("blind_sheet")
+def test_the_counts_of_the_sheets_are_those_of_the_pages(script):
+    blind = BENCHMARKS.parent / "docs/decoding/blind"
+    table = [line.strip("|").split("|") for line in script.count([blind / "2", blind / "3"]).splitlines()]
+    numbers = {name.strip(): [int(cell) for cell in cells] for name, *cells in table[2:]}
+    assert numbers["guidance 1.5"] == [60, 52, 19]
+    assert numbers["guidance 3"] == [60, 50, 17]
+    assert numbers["no guidance"] == [60, 50, 21]
+    assert numbers["real"] == [60, 53, 1]
+
+
 # Whole commands
 
 

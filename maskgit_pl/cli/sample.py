@@ -66,9 +66,9 @@ def sample(
         batch_size: Images per batch.
         negative_class: Class that guidance moves away from (default: no class).
         accept_rate: With --num-images: generate 1 / X times as many images, and keep the fraction X of each class to
-            which a classifier gives the highest probability of that class.
-        classifier: Classifier of --accept-rate, such as runs/DATA-classifier/small; or two_sample, to keep the images
-            whose tokens look most real to networks that are trained on them and on train images.
+            which --classifier gives the highest probability.
+        classifier: Judge of --accept-rate: a classifier of the classes, such as runs/DATA-classifier/small; or
+            two_sample, networks that are trained to tell the tokens of these images from those of train images.
         data: Data folder of --classifier two_sample (default: that of the training).
         known: With --out FILE.npy: tokens (S, *grid) that stay, as .npy, with -1 where tokens are generated; for one
             class, or one of each sample.
