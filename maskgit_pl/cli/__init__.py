@@ -182,10 +182,13 @@ def run_script(function: Callable[..., Any], *, prog: str, argv: Sequence[str] |
 
 def _prepare() -> None:
     """Sets what torch reads when it is imported, and opens the streams of a command."""
-    # OpenMP threads that spin while they wait slow each other down on a busy machine: a training step on two
-    # busy cores took 1.8 s with spinning threads and 0.1 s with sleeping ones. torch reads the variable when
-    # it is imported, which happens inside a command.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # OpenMP threads that sleep between two operations take as long to wake as a small one takes; threads that spin all
+    # the time slow each other down on a busy machine. So they spin for a short while first. Steps per second of the
+    # demo's transformer, which runs 11 on one thread: two threads that sleep 10, spin 17, and do both 15; beside two
+    # other programs 6, 2, and 5. torch reads the variables when it is imported, which happens inside a command.
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     # On a busy machine MKL takes fewer threads by default. Sums then round differently from run to run.
     for name in ("MKL_DYNAMIC", "OMP_DYNAMIC"):
         os.environ.setdefault(name, "FALSE")

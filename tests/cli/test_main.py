@@ -92,6 +92,16 @@ def test_a_command_keeps_its_number_of_threads_on_a_busy_machine(monkeypatch, ma
     assert [os.environ[name] for name in names] == ["FALSE", "FALSE", "ACTIVE"]
 
 
+@pytest.mark.parametrize(("policy", "spins"), [(None, "10000"), ("ACTIVE", None)])
+def test_threads_spin_for_a_short_while_unless_a_user_says_otherwise(monkeypatch, maskgit, policy, spins):
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    if policy is not None:
+        monkeypatch.setenv("OMP_WAIT_POLICY", policy)
+    assert maskgit("--version").code == 0
+    assert (os.environ["OMP_WAIT_POLICY"], os.environ.get("GOMP_SPINCOUNT")) == (policy or "PASSIVE", spins)
+
+
 WITHOUT_TORCH = """
 import os, sys
 from maskgit_pl.cli import main
