@@ -56,8 +56,8 @@ def config(stage: str, width: object, given: str = "auto", **trainer: object) ->
         ("transformer", [256, 512], True, "32-true"),  # a plug-in has what widths it likes
         ("tokenizer", 64, True, "bf16-mixed"),
         ("tokenizer", 64, False, "32-true"),
-        ("transformer", 255, True, "32-true"),
-        ("transformer", 256, True, "bf16-mixed"),
+        ("transformer", 127, True, "32-true"),
+        ("transformer", 128, True, "bf16-mixed"),
     ],
 )
 def test_wide_networks_use_bfloat16_where_the_device_has_it(stage, width, exists, chosen, bfloat16, tmp_path):
@@ -74,6 +74,7 @@ def test_precision_follows_the_device_of_the_run_or_a_named_gpu(bfloat16, tmp_pa
         choose_precision(*config("transformer", 256, accelerator=accelerator), "transformer", tmp_path)
     assert asked == ["cpu", "cuda", "cuda"]
     assert choose_precision(*config("transformer", 256), "transformer", tmp_path, on_gpu=True) == "bf16-mixed"
+    assert choose_precision(*config("transformer", 255), "transformer", tmp_path, on_gpu=True) == "32-true"
 
 
 @pytest.mark.parametrize(("device", "chosen"), [("cpu", "32-true"), ("cuda", "bf16-mixed")])
