@@ -45,7 +45,7 @@ def pytest_collection_finish() -> None:
 
 @pytest.fixture(autouse=True)
 def _return_memory() -> Iterator[None]:
-    """Returns freed memory to the system: large tensors, and the 1 GiB that commands of training keep."""
+    """Returns freed memory to the system: large tensors, and the 1 GiB that commands keep."""
     yield
     ctypes.CDLL(None).malloc_trim(0)
 
