@@ -49,10 +49,19 @@ def barrier() -> None:
         dist.barrier()
 
 
-def on_all_ranks(work: Callable[[], _Result]) -> list[_Result]:
+def new_group() -> dist.ProcessGroup | None:
+    """Makes a group of all ranks for another thread, whose collectives may run beside those of the default group.
+
+    Must be called on all ranks. None for one process.
+    """
+    return dist.new_group(backend="gloo", timeout=_TIMEOUT) if rank_and_world()[1] > 1 else None
+
+
+def on_all_ranks(work: Callable[[], _Result], group: dist.ProcessGroup | None = None) -> list[_Result]:
     """Calls a function on each rank; returns the results of all, which are pickled, in the order of the ranks.
 
     The OSError or ValueError of the lowest failed rank is raised on all; else the others would wait forever.
+    ``group`` has all ranks; None is the default group.
     """
     world_size = rank_and_world()[1]
     if world_size == 1:
@@ -64,7 +73,7 @@ def on_all_ranks(work: Callable[[], _Result]) -> list[_Result]:
         outcome = None, error
     # Errors travel as values, so that every rank reaches the collective.
     outcomes: list[Any] = [None] * world_size
-    dist.all_gather_object(outcomes, outcome)
+    dist.all_gather_object(outcomes, outcome, group)
     for _, failure in outcomes:
         if failure is not None:
             raise failure

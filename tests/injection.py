@@ -7,6 +7,7 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,6 +77,7 @@ class Injection(Callback):
             if fault.what == "asleep" and trainer.global_step == fault.step:
                 time.sleep(600)
             if "disk" in str(fault.what) and trainer.is_global_zero:
+                _wait_for_write()
                 folder = Path(trainer.default_root_dir)
                 if trainer.global_step == fault.step:
                     self.disk.spoil(folder, "full" if fault.what == "full disk" else "read-only")
@@ -104,10 +106,18 @@ class Injection(Callback):
                 continue
             self.waiting = [other for other in self.waiting if other is not fault]
             if fault.rank in (None, trainer.global_rank):
+                _wait_for_write()
                 for _ in range(fault.times):
                     assert isinstance(fault.what, signal.Signals)
                     _send(fault.what, fault.to)
             return
+
+
+def _wait_for_write() -> None:
+    """Waits for the checkpoint that is being written, so that a fault between two saves hits neither."""
+    for thread in threading.enumerate():
+        if thread.name == "checkpoint":
+            thread.join()
 
 
 def _send(number: signal.Signals, to: Literal["process", "group"]) -> None:
@@ -150,7 +160,8 @@ def kill_in_saving(folder: Path, number: int) -> None:
         if begun[0] and str(folder) in os.fspath(given[0]):
             left[0] -= 1
             if left[0] == 0:
-                sys.stderr.write(f"killed at {event} {os.fspath(given[0])}\n")
+                thread = threading.current_thread().name
+                sys.stderr.write(f"killed in {thread} at {event} {os.fspath(given[0])}\n")
                 sys.stderr.flush()
                 os.kill(os.getpid(), signal.SIGKILL)
         begun[0] = begun[0] or (event == "os.rename" and Path(os.fspath(given[1])).parent == folder)

@@ -71,7 +71,7 @@ def test_25_kills_while_saving_leave_25_checkpoints_that_load(bench):
     kept, moments = [], []
     for number in range(1, TO_KILL + 1):
         (text,) = runs.leg("killed", alone, *more, code=KILLED, prepare=partial(kill_in_saving, folder, number))
-        moments.append(line(text, "^killed at"))
+        moments.append(line(text, "^killed in checkpoint at"))
         kept.append(loadable(folder))
     for size in SIZES:
         runs.leg("killed", alone, *more, code=-signal.SIGXFSZ, prepare=partial(kill_in_writing, size))
@@ -147,6 +147,16 @@ def test_a_rank_that_dies_ends_the_others_within_30_seconds(bench, rank):
     assert took < 30
     line(texts[1 - rank], WAITED.format(1 - rank))
     assert "Traceback" not in texts[1 - rank]
+    assert_resumes(bench, "transformer", run, TWO)
+
+
+def test_a_rank_that_dies_while_its_thread_writes_ends_the_other(bench):
+    runs, run = bench.runs["transformer"], "dead-writer"
+    dies = partial(kill_in_saving, runs.folder / run / "transformer" / "checkpoints", 10)
+    texts = runs.leg(run, TWO, "--checkpoint_every=2", code=[KILLED, INTERNAL_ERROR], prepare=dies)
+    line(texts[0], "^killed in checkpoint at .*tensors-00000")
+    line(texts[1], WAITED.format(1))
+    assert runs.newest(run).name == "step-00000002"
     assert_resumes(bench, "transformer", run, TWO)
 
 

@@ -16,7 +16,8 @@ a number, a text nor a list: ``{"tuple": [...]}``, ``{"items": [[key, value], ..
 
 Protocol of a save, on all ranks together; an error of one rank is raised on all of them:
 
-1. Each rank splits the checkpoint into plain values and tensors, and selects the tensors that it writes.
+1. Each rank splits the checkpoint into plain values and tensors, and copies the tensors that it writes to the CPU.
+   The other steps need only this copy: ``Checkpoints`` runs them in a thread, while the training continues.
 2. Rank 0 checks the free disk space and makes a temporary folder beside the final one.
 3. Each rank with tensors writes one file and computes its sha256.
 4. Rank 0 writes ``state.json``, then the marker, and renames the temporary folder.
@@ -33,23 +34,26 @@ import json
 import logging
 import re
 import shutil
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import CheckpointIO
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from maskgit_pl.distributed import on_all_ranks, rank_and_world
+from maskgit_pl.distributed import new_group, on_all_ranks, rank_and_world
 from maskgit_pl.errors import CannotWriteError
 from maskgit_pl.files import sha256_of, write_tensors, write_text
 from maskgit_pl.folders import replace_folder
@@ -57,6 +61,9 @@ from maskgit_pl.networks.weights import load_weights, open_tensors
 from maskgit_pl.text import size_text
 
 log = logging.getLogger(__name__)
+
+Write: TypeAlias = "Callable[[ProcessGroup | None], None]"
+"""Writes a copied checkpoint, with the collectives of a process group; None is the default group."""
 
 SETTINGS = "maskgit_pl.settings"
 
@@ -70,29 +77,23 @@ class FolderCheckpointIO(CheckpointIO):
     """A Lightning plugin that writes and reads checkpoint folders. All ranks must call it together."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
-        """Writes the folder ``path`` by the protocol of the module; an existing folder is replaced only at the end."""
-        target = Path(path)
-        temporary = target.with_name(f".{target.name}.partial")
-        # 1. Split the checkpoint, and select the tensors of this rank.
+        """Writes the folder ``path`` by the protocol of the module; an existing folder is replaced only at the end.
+
+        Args:
+            checkpoint: Tensors and plain values.
+            path: The folder.
+            storage_options: Function that is called with the write of the copied checkpoint (``Write``), which it may
+                start in a thread; None writes at once.
+        """
+        # 1. Split the checkpoint, and copy the tensors of this rank.
         tensors: dict[str, Tensor] = {}
         state = _split_state(checkpoint, "", tensors)
-        rank, _ = rank_and_world()
-        pieces = _own_pieces(tensors, rank)
-        sizes = on_all_ranks(lambda: sum(rows.nbytes for rows, _ in pieces.values()))
-        writers = [writer for writer, size in enumerate(sizes) if size]
-        try:
-            # 2. Check the disk space and make the temporary folder.
-            on_all_ranks(lambda: _make_temporary_folder(temporary, sum(sizes)) if rank == 0 else None)
-            # 3. Write the tensor files.
-            written = on_all_ranks(
-                lambda: _write_tensors(temporary, pieces, writers.index(rank), len(writers)) if rank in writers else {}
-            )
-            # 4. Write the plain values and the marker, and rename the folder.
-            on_all_ranks(lambda: _finish(temporary, target, state, written) if rank == 0 else None)
-        finally:
-            # 5. After step 4 the temporary folder no longer exists.
-            if rank == 0:
-                shutil.rmtree(temporary, ignore_errors=True)
+        pieces = _copy_own_pieces(tensors)
+        write = partial(_write_folder, Path(path), state, pieces)
+        if storage_options is None:
+            write(None)
+        else:
+            storage_options(write)
 
     @override
     def load_checkpoint(
@@ -212,6 +213,30 @@ def _join_state(node: Any, read: Callable[[str], Any]) -> Any:
     return {key: _join_state(value, read) for key, value in content}
 
 
+def _write_folder(
+    target: Path, state: Any, pieces: Mapping[str, tuple[Tensor, int]], group: ProcessGroup | None
+) -> None:
+    """Runs the protocol from step 2 on, with the collectives of a process group; None is the default group."""
+    temporary = target.with_name(f".{target.name}.partial")
+    rank, _ = rank_and_world()
+    sizes = on_all_ranks(lambda: sum(rows.nbytes for rows, _ in pieces.values()), group)
+    writers = [writer for writer, size in enumerate(sizes) if size]
+    try:
+        # 2. Check the disk space and make the temporary folder.
+        on_all_ranks(lambda: _make_temporary_folder(temporary, sum(sizes)) if rank == 0 else None, group)
+        # 3. Write the tensor files.
+        written = on_all_ranks(
+            lambda: _write_tensors(temporary, pieces, writers.index(rank), len(writers)) if rank in writers else {},
+            group,
+        )
+        # 4. Write the plain values and the marker, and rename the folder.
+        on_all_ranks(lambda: _finish(temporary, target, state, written) if rank == 0 else None, group)
+    finally:
+        # 5. After step 4 the temporary folder no longer exists.
+        if rank == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
 def _make_temporary_folder(folder: Path, needed: int) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
@@ -222,15 +247,20 @@ def _make_temporary_folder(folder: Path, needed: int) -> None:
     folder.mkdir()
 
 
-def _own_pieces(tensors: Mapping[str, Tensor], rank: int) -> dict[str, tuple[Tensor, int]]:
-    """Returns the tensors that this rank writes, each with its first row: its shards, and on rank 0 all others."""
+def _copy_own_pieces(tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, int]]:
+    """Copies the tensors that this rank writes, each with its first row: its shards, and on rank 0 all others."""
+    rank, _ = rank_and_world()
     pieces: dict[str, tuple[Tensor, int]] = {}
     for key, tensor in tensors.items():
         if isinstance(tensor, DTensor):
-            pieces[key] = tensor.to_local(), local_rows(tensor)[0]
+            pieces[key] = _copy(tensor.to_local()), local_rows(tensor)[0]
         elif rank == 0:
-            pieces[key] = tensor, 0
+            pieces[key] = _copy(tensor), 0
     return pieces
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
 
 
 def local_rows(tensor: DTensor) -> tuple[int, int]:
@@ -243,7 +273,7 @@ def local_rows(tensor: DTensor) -> tuple[int, int]:
 def _write_tensors(folder: Path, pieces: Mapping[str, tuple[Tensor, int]], number: int, count: int) -> dict[str, Any]:
     """Writes a tensor file, and returns its entry for the marker."""
     file = folder / f"tensors-{number:05d}-of-{count:05d}.safetensors"
-    tensors = {key: rows.detach().cpu().contiguous().clone() for key, (rows, _) in pieces.items()}
+    tensors = {key: rows for key, (rows, _) in pieces.items()}
     starts = {key: start for key, (_, start) in pieces.items() if start}
     write_tensors(file, tensors, metadata={_FIRST_ROWS: json.dumps(starts)})
     return {file.name: _describe_file(file)}
@@ -333,7 +363,11 @@ _MOST_FAILURES = 3
 class Checkpoints(Checkpoint):
     """A callback that saves every ``every_n_steps`` steps and at the end of training, and keeps the newest checkpoints.
 
-    If a checkpoint cannot be written, older ones are kept and training continues; the third failure in a row ends it.
+    A thread writes the copy of a step, while training continues. At most one write is in flight: the next save waits
+    for it, and so does every end of the training.
+
+    If a checkpoint cannot be written, older ones are kept and training continues; the third failure in a row ends it at
+    the next save.
 
     Args:
         folder: The ``checkpoints`` folder of the run.
@@ -366,12 +400,17 @@ class Checkpoints(Checkpoint):
         self.resumes_from: Path | None = None
         self._tried_step = -1  # last step with an attempt to save
         self._failures = 0  # failed attempts in a row
+        self._failure = ""  # text of the last one
+        self._error: Exception | None = None  # an error of a write that is no fault of the disk
+        self._thread: threading.Thread | None = None
+        self._group: ProcessGroup | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Checks that all ranks resume from the same checkpoint.
+        """Makes the process group of the thread, and checks that all ranks resume from the same checkpoint.
 
         On a shared file system, one machine may see an older state of the folder.
         """
+        self._group = new_group()
         names = on_all_ranks(lambda: self.resumes_from and self.resumes_from.name)
         if len(set(names)) > 1:
             listed = ", ".join(f"rank {rank}: {name or 'none'}" for rank, name in enumerate(names))
@@ -410,47 +449,82 @@ class Checkpoints(Checkpoint):
             counts |= {name: count + added for name, count in counts.items()}
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Waits for the write in flight, after the watchdog has noted the save, and before the next copy is made."""
+        self._wait()
         if self.settings is not None:
             checkpoint[SETTINGS] = self.settings
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.save(trainer, last=True)
 
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._join()  # its error would hide the exception
+
     def save(self, trainer: Trainer, *, last: bool = False) -> None:
         """Saves the current step unless it was tried before; must be called on every rank.
 
         Args:
             trainer: The Trainer, in the middle of a fit.
-            last: True at the end of a run: a failed step is tried again, and another failure ends the run.
+            last: True at the end of a run: waits for the write. A failed step is tried again, and another failure ends
+                the run.
         """
+        if last:
+            self._wait()
         step = trainer.global_step
         # Also called after micro-batches that end no step.
         if step <= self._tried_step and not (last and self._failures):
             return
         self._tried_step = step
+        trainer.save_checkpoint(
+            self.folder / f"step-{step:08d}", storage_options=partial(self._start, step, is_last=last)
+        )
+        if last:
+            self._wait()
+            if self._failures:
+                raise self._cannot_write("it was the last one")
+
+    def _start(self, step: int, write: Write, *, is_last: bool) -> None:
+        # A daemon: a process that ends without on_exception does not wait for other ranks.
+        self._thread = threading.Thread(
+            target=self._write, args=(step, write), kwargs={"is_last": is_last}, name="checkpoint", daemon=True
+        )
+        self._thread.start()
+
+    def _write(self, step: int, write: Write, *, is_last: bool) -> None:
+        """Writes a checkpoint and removes older ones; runs in the thread."""
+        rank, _ = rank_and_world()
         try:
-            trainer.save_checkpoint(self.folder / f"step-{step:08d}")
+            write(self._group)
+            self._failures = 0
+            if rank == 0:
+                self._prune()
         except OSError as error:
             # on_all_ranks raises the same error everywhere, so all ranks count alike.
             self._failures += 1
-            self._report_failure(trainer, error, last=last)
-            return
-        self._failures = 0
-        if trainer.is_global_zero:
-            self._prune()
+            self._failure = f"checkpoint of step {step} cannot be written: {error}; older ones are kept"
+            if rank == 0 and not is_last and self._failures < _MOST_FAILURES:
+                following = (step // self.every_n_steps + 1) * self.every_n_steps
+                log.warning(
+                    "%s; training continues, next attempt at step %d (failure %d of %d)",
+                    self._failure, following, self._failures, _MOST_FAILURES,
+                )  # fmt: skip
+        except Exception as error:  # raised in the main thread
+            self._error = error
 
-    def _report_failure(self, trainer: Trainer, error: OSError, *, last: bool) -> None:
-        step = trainer.global_step
-        text = f"checkpoint of step {step} cannot be written: {error}; older ones are kept"
-        if last or self._failures >= _MOST_FAILURES:
-            why = "it was the last one" if last else f"{self._failures} failures in a row"
-            raise CannotWriteError(f"{text}; {why}: free space in {self.folder} and repeat the command to resume")
-        if trainer.is_global_zero:
-            following = (step // self.every_n_steps + 1) * self.every_n_steps
-            log.warning(
-                "%s; training continues, next attempt at step %d (failure %d of %d)",
-                text, following, self._failures, _MOST_FAILURES,
-            )  # fmt: skip
+    def _join(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
+
+    def _wait(self) -> None:
+        """Waits for the write in flight, and raises the error that ends the run, if there is one."""
+        self._join()
+        if self._error is not None:
+            raise self._error
+        if self._failures >= _MOST_FAILURES:
+            raise self._cannot_write(f"{self._failures} failures in a row")
+
+    def _cannot_write(self, why: str) -> CannotWriteError:
+        return CannotWriteError(f"{self._failure}; {why}: free space in {self.folder} and repeat the command to resume")
 
     def _prune(self) -> None:
         # Only rank 0 prunes, after all ranks have written the new checkpoint.

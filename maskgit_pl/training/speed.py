@@ -57,8 +57,8 @@ class SpeedMonitor(Callback):
     """A callback that logs speed and memory, and keeps the time of all steps.
 
     Rank 0 measures its own time and memory, which are about those of every rank. The time from the start to
-    the end of training counts, except validation. Reading data and writing checkpoints count, since they
-    belong to a step. Data workers are processes of their own, whose CPU seconds do not count.
+    the end of training counts, except validation. Reading data and waiting for checkpoints count, since
+    they belong to a step. Data workers are processes of their own, whose CPU seconds do not count.
 
     ``training_time.json`` is written with each checkpoint and at the end. A run that resumes continues its total.
 
@@ -89,7 +89,7 @@ class SpeedMonitor(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         passed = self._read_clocks(pl_module.device)
-        # The time after a save is that of writing, beside which the wait for one micro-batch is nothing.
+        # The time after a save is that of the copy, beside which the wait for one micro-batch is nothing.
         self._waited += 0.0 if self._has_saved else passed
         self._has_saved = False
         self._images += len(batch.index)

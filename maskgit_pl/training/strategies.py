@@ -111,7 +111,7 @@ class _NetworksDDP(DDPStrategy):
         self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None
     ) -> None:
         """Saves on every rank (Lightning: only rank 0), so that all ranks raise the same error."""
-        self.checkpoint_io.save_checkpoint(checkpoint, filepath)
+        self.checkpoint_io.save_checkpoint(checkpoint, filepath, storage_options)
 
 
 class _FullyShardedDataParallel2(ModelParallelStrategy):
@@ -139,7 +139,7 @@ class _FullyShardedDataParallel2(ModelParallelStrategy):
         self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None
     ) -> None:
         """Saves on every rank; each rank writes its own rows."""
-        self.checkpoint_io.save_checkpoint(checkpoint, filepath)
+        self.checkpoint_io.save_checkpoint(checkpoint, filepath, storage_options)
 
     @override
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:

@@ -5,12 +5,13 @@ import logging
 import os
 import re
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 
 from maskgit_pl.errors import CannotWriteError
@@ -171,12 +172,12 @@ class Line(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-def fit_line(folder, *, steps, disk=None, accumulation=1, module=None, resume=None, **options):
+def fit_line(folder, *, steps, disk=None, accumulation=1, module=None, resume=None, callbacks=(), **options):
     """Trains a small module, with checkpoints in the folder."""
     checkpoints = Checkpoints(folder, **{"every_n_steps": 2, **options})
     trainer = Trainer(
         max_steps=steps, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
-        plugins=[disk or FolderCheckpointIO()], callbacks=[checkpoints],
+        plugins=[disk or FolderCheckpointIO()], callbacks=[checkpoints, *callbacks],
         accumulate_grad_batches=accumulation,
     )  # fmt: skip
     batches = torch.utils.data.DataLoader(torch.ones(60, 1, 1), batch_size=None)
@@ -214,23 +215,85 @@ def test_the_last_step_is_saved_again_and_its_failure_is_an_error(tmp_path, capl
     assert sum("checkpoint of step 4" in record.message for record in caplog.records) == 1
 
 
-class Unwritable(FolderCheckpointIO):
-    """A disk that is full at some steps."""
+def spoil(folder, *steps):
+    """Makes a folder in which checkpoints of some steps cannot be written."""
+    folder.mkdir()
+    for step in steps:
+        (folder / f".step-{step:08d}.partial").touch()  # where a folder is to be made
+    return folder
 
-    def __init__(self, *steps):
-        self.steps = steps
+
+def test_only_three_failed_saves_in_a_row_end_a_run_at_the_next_save(tmp_path):
+    four_in_all = spoil(tmp_path / "four in all", 1, 2, 4, 5)
+    fit_line(four_in_all, steps=6, every_n_steps=1)
+    assert newest_checkpoint(four_in_all).name == "step-00000006"
+    three_in_a_row = spoil(tmp_path / "three in a row", 2, 3, 4)
+    with pytest.raises(CannotWriteError, match=r"step 4 .*older ones are kept; 3 failures in a row"):
+        fit_line(three_in_a_row, steps=6, every_n_steps=1)
+    assert newest_checkpoint(three_in_a_row).name == "step-00000001"
+
+
+class Disk(FolderCheckpointIO):
+    """A disk that calls a function in the thread before each write."""
+
+    def __init__(self, before):
+        self.before = before
 
     def save_checkpoint(self, checkpoint, path, storage_options=None):
-        if checkpoint["global_step"] in self.steps:
-            raise OSError("no space left")
-        super().save_checkpoint(checkpoint, path, storage_options)
+        super().save_checkpoint(
+            checkpoint, path, lambda write: storage_options(lambda group: (self.before(), write(group)))
+        )
 
 
-def test_only_three_failed_saves_in_a_row_end_a_run(tmp_path):
-    fit_line(tmp_path / "four in all", steps=6, every_n_steps=1, disk=Unwritable(1, 2, 4, 5))
-    assert newest_checkpoint(tmp_path / "four in all").name == "step-00000006"
-    with pytest.raises(CannotWriteError, match=r"step 4 .*older ones are kept; 3 failures in a row"):
-        fit_line(tmp_path / "three in a row", steps=6, every_n_steps=1, disk=Unwritable(2, 3, 4))
+class Slow(Disk):
+    """A disk that writes nothing until ``is_free`` is set."""
+
+    def __init__(self):
+        self.is_free = threading.Event()
+        super().__init__(self.wait)
+
+    def wait(self):
+        assert self.is_free.wait(60), "the training waits for the write"
+
+
+def test_a_checkpoint_has_the_weights_of_its_step_although_training_continues_while_it_is_written(tmp_path):
+    class Line2(Line):
+        def on_train_batch_end(self, *_):
+            if self.global_step == 2:
+                self.saved = {name: value.clone() for name, value in self.state_dict().items()}
+            if self.global_step == 3:
+                assert newest_checkpoint(tmp_path) is None
+                disk.is_free.set()
+
+    disk, module = Slow(), Line2()
+    fit_line(tmp_path, steps=4, disk=disk, module=module)
+    written = FolderCheckpointIO().load_checkpoint(tmp_path / "step-00000002")["state_dict"]
+    assert_equal(written, module.saved)
+    assert not torch.equal(written["layer.weight"], module.layer.weight)
+
+
+def test_a_failed_run_ends_after_the_checkpoint_is_written(tmp_path):
+    class Frees(Callback):
+        def on_exception(self, *_):
+            disk.is_free.set()
+
+    class Fails(Line):
+        def on_train_batch_end(self, *_):
+            if self.global_step == 3:
+                raise RuntimeError("of the training")
+
+    disk = Slow()
+    with pytest.raises(RuntimeError, match="of the training"):
+        fit_line(tmp_path, steps=4, disk=disk, module=Fails(), callbacks=[Frees()])
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000002"]
+
+
+def test_an_error_of_the_thread_that_is_no_fault_of_the_disk_ends_the_run(tmp_path):
+    def fail():
+        raise RuntimeError("of the thread")
+
+    with pytest.raises(RuntimeError, match="of the thread"):
+        fit_line(tmp_path, steps=4, disk=Disk(fail))
 
 
 @pytest.mark.filterwarnings("ignore:.*dataloader is not resumable")  # its batches are all the same
