@@ -22,8 +22,10 @@ from pathlib import Path
 from statistics import median
 
 import numpy as np
-from measuring import children_cpu_seconds, format_table, read_cpu_name
+from measuring import children_cpu_seconds, format_table
 from PIL import Image
+
+from maskgit_pl.devices import cpu_name
 
 LIMIT = 1.03
 """A median ratio up to this one is not slower."""
@@ -226,7 +228,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for checkout in (args.old, args.new):
         if not (checkout / "maskgit_pl").is_dir():
             parser.error(f"OLD and NEW must be folders with a folder maskgit_pl, got {checkout}")
-    machine = f"{read_cpu_name()}, 1 thread of {os.cpu_count()}, load {os.getloadavg()[0]:.1f}, {args.rounds} rounds"
+    machine = f"{cpu_name()}, 1 thread of {os.cpu_count()}, load {os.getloadavg()[0]:.1f}, {args.rounds} rounds"
     commits = f"OLD {describe(args.old)}, NEW {describe(args.new)}"
     print(f"{machine}, {commits}, {datetime.datetime.now():%F %R}", flush=True)
     with tempfile.TemporaryDirectory() as made:

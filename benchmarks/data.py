@@ -15,11 +15,11 @@ import numpy.typing as npt
 import torch
 from measuring import Contender, build_parser, compare, start
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-from torchvision import transforms
 from torchvision.datasets import ImageFolder
 from torchvision.io import ImageReadMode, decode_jpeg, read_file
+from torchvision.transforms import v2
 
 from maskgit_pl.data import ShuffledStream
 from maskgit_pl.data.index import find_shards, index_shards
@@ -36,7 +36,8 @@ _SLOPE = 1.4  # exponent of amplitude over frequency: JPEGs of quality 90 have 2
 _EPOCHS = 3  # of images in a round, in which memory is mostly reused, as in a long run
 _IMAGE_BATCH, _TOKEN_BATCHES = 64, (256, 1024)
 _GRID, _CODES = (16, 16), 1024
-_FIT = (transforms.Resize(_SIDE), transforms.CenterCrop(_SIDE))
+_TO_FLOATS = v2.ToDtype(torch.float32, scale=True)
+_FIT = (v2.Resize(_SIDE), v2.CenterCrop(_SIDE))  # of v1, which resizes uint8 through floats, take twice as long
 
 
 # Images
@@ -100,17 +101,17 @@ def read_webdataset_images(folder: Path, convert: Callable[[Image.Image], Tensor
         WebDataset(str(folder / "train-000000.tar"), shardshuffle=False)
         .shuffle(100, initial=100)
         .to_tuple("jpg", "cls")
-        .map_tuple(transforms.Compose([open_image, *_FIT, convert]), int)
+        .map_tuple(v2.Compose([open_image, *_FIT, convert]), int)
         .batched(_IMAGE_BATCH)
     )
     return sum(len(images) for images, _ in DataLoader(dataset, batch_size=None))
 
 
-def read_image_files(folder: Path) -> int:
-    """Reads an epoch of shuffled uint8 batches of files with torchvision's JPEG decoder; returns their number."""
+def read_image_files(folder: Path, convert: Sequence[nn.Module] = ()) -> int:
+    """Reads an epoch of shuffled batches of files with torchvision's JPEG decoder; returns the number of images."""
     dataset = ImageFolder(
         folder / "files",
-        transform=transforms.Compose(_FIT),
+        transform=v2.Compose([*_FIT, *convert]),
         loader=lambda path: decode_jpeg(read_file(path), mode=ImageReadMode.RGB),
     )
     return sum(len(images) for images, _ in DataLoader(dataset, batch_size=_IMAGE_BATCH, shuffle=True))
@@ -118,10 +119,11 @@ def read_image_files(folder: Path) -> int:
 
 IMAGE_READERS: Sequence[tuple[str, str, Callable[[Path], int]]] = (
     ("uint8", "ours", read_our_images),
-    ("uint8", "webdataset + PIL", partial(read_webdataset_images, convert=transforms.PILToTensor())),
+    ("uint8", "webdataset + PIL", partial(read_webdataset_images, convert=v2.PILToTensor())),
     ("uint8", "files + torchvision", read_image_files),
     ("floats", "ours", partial(read_our_images, convert=to_unit_range)),
-    ("floats", "webdataset + PIL", partial(read_webdataset_images, convert=transforms.ToTensor())),
+    ("floats", "webdataset + PIL", partial(read_webdataset_images, convert=v2.Compose([v2.ToImage(), _TO_FLOATS]))),
+    ("floats", "files + torchvision", partial(read_image_files, convert=[_TO_FLOATS])),
 )
 """Readers of an epoch of images: what they return, name, and function."""
 

@@ -23,11 +23,12 @@ import stage1_step
 import stage2_step
 import torch
 from decode import build_ours
-from measuring import DTYPES, Contender, count_work, format_table, measure, read_cpu_name
+from measuring import DTYPES, Contender, count_work, format_table, measure
 from peers import NUM_STEPS, Task
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from maskgit_pl.data.loader import StepDataModule
+from maskgit_pl.devices import cpu_name
 
 _RESULTS = Path(__file__).parents[1] / "results"
 _BACKBONES = ("bert", "adaln")
@@ -148,7 +149,7 @@ def measure_decoding(sizes: Sizes, timer: Timer) -> Iterator[dict[str, str]]:
 def describe(device: torch.device) -> str:
     """Returns what was measured, and with which versions."""
     if device.type != "cuda":
-        machine = f"{read_cpu_name()}, torch {torch.__version__}."
+        machine = f"{cpu_name()}, torch {torch.__version__}."
         return f"{machine}\n\nWithout a GPU, the sizes are small. These figures only show that the script runs."
     major, minor = torch.cuda.get_device_capability(device)
     card = f"{torch.cuda.get_device_name(device)} (compute capability {major}.{minor}), torch {torch.__version__}"

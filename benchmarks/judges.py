@@ -20,10 +20,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from measuring import format_table, read_cpu_name
+from measuring import format_table
 from torch import Tensor
 
 from maskgit_pl.decoding import DecodingConfig
+from maskgit_pl.devices import cpu_name
 from maskgit_pl.evaluation.acceptance import Acceptance, ClassJudge, Judge, TokenJudge, generate_accepted
 from maskgit_pl.evaluation.evaluator import EvaluatedModel, Evaluator, compare_images
 from maskgit_pl.evaluation.folders import open_data, open_evaluator, open_model
@@ -184,7 +185,7 @@ def main(argv: list[str] | None = None) -> None:
     rates = [float(rate) for rate in args.accept_rates.split(",") if rate]
     rows = measure(args.run, data=args.data, num_images=args.num_images, seeds=seeds, rates=rates)
     seconds = time.process_time() - start
-    print(f"\n{args.num_images} images, seeds {args.seeds}, {read_cpu_name()}, one thread, {seconds:.0f} CPU seconds\n")
+    print(f"\n{args.num_images} images, seeds {args.seeds}, {cpu_name()}, one thread, {seconds:.0f} CPU seconds\n")
     print(format_table(rows))
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import resource
 import sys
 import time
@@ -24,7 +23,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
-from maskgit_pl.devices import describe_environment, has_bfloat16
+from maskgit_pl.devices import cpu_name, describe_environment, has_bfloat16
 
 Precision = Literal["fp32", "bf16"]
 """Lightning's ``32-true`` and ``bf16-mixed``."""
@@ -32,7 +31,6 @@ Precision = Literal["fp32", "bf16"]
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 _WAITS = {"_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "unique", "unique2", "_unique2"}
-_CPUINFO = Path("/proc/cpuinfo")
 _TORCH = Path(torch.__file__).parent
 
 
@@ -181,19 +179,29 @@ def measure(
     """Times contenders in turn (A B A B), so that changes in the machine's speed affect all of them.
 
     Returns:
-        The machine's peaks: the best rates of a square matrix product in the same rounds, in FLOP/s.
+        The machine's peaks: the best rates of a square matrix product in the same rounds, in FLOP/s, by torch
+        itself or by oneDNN.
     """
-    products = {}
+    products = []
     for dtype in {contender.dtype for contender in contenders if contender.work is not None}:
         left, right = (torch.randn(product_size, product_size).to(dtype) for _ in range(2))
-        products[dtype] = Contender("", "", partial(torch.mm, left, right))
+        for multiply in (torch.mm, _multiply_by_onednn):
+            products.append(Contender("", "", partial(multiply, left, right), dtype=dtype))
     for number in range(repeats + 1):
-        for contender in (*products.values(), *contenders):
+        for contender in (*products, *contenders):
             begun = clock()
             contender.run()
             if number > 0:  # round 0 is the warm-up
                 contender.seconds.append((clock() - begun) / contender.items)
-    return {dtype: 2 * product_size**3 / min(product.seconds) for dtype, product in products.items()}
+    peaks: dict[torch.dtype, float] = {}
+    for product in products:
+        peaks[product.dtype] = max(2 * product_size**3 / min(product.seconds), peaks.get(product.dtype, 0.0))
+    return peaks
+
+
+def _multiply_by_onednn(left: Tensor, right: Tensor) -> Tensor:
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(left, right, None, "none", [], "")
+    return product
 
 
 def children_cpu_seconds() -> float:
@@ -270,7 +278,7 @@ def start(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpar
     torch.set_num_threads(arguments.threads)
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
-    machine = f"{read_cpu_name()}, {arguments.threads} threads, torch {torch.__version__}"
+    machine = f"{cpu_name()}, {arguments.threads} threads, torch {torch.__version__}"
     seconds = "CPU seconds" if arguments.threads == 1 else "seconds"
     print(f"{machine}, {seconds}, medians of {arguments.repeats} rounds")
     return arguments
@@ -298,19 +306,9 @@ def compare(
             {"group": contender.group, **row, "seconds": contender.seconds}
             for contender, row in zip(contenders, rows, strict=True)
         ]
-        environment = {**describe_environment(), "cpu": read_cpu_name()}
+        environment = {**describe_environment(), "cpu": cpu_name()}
         content = {"environment": environment, "settings": settings, "measured": measured}
         arguments.json.write_text(json.dumps(content, indent=2) + "\n")
-
-
-def read_cpu_name() -> str:
-    """Returns the name of the CPU."""
-    # On Linux, ``platform`` does not know the name of the model.
-    if _CPUINFO.exists():
-        for line in _CPUINFO.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def format_table(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -15,9 +15,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from measuring import children_cpu_seconds, format_table, read_cpu_name
+from measuring import children_cpu_seconds, format_table
 
 from maskgit_pl.decoding import DecodingConfig
+from maskgit_pl.devices import cpu_name
 from maskgit_pl.networks.transformer import MaskedTransformer, TransformerConfig
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
 from maskgit_pl.networks.weights import skeletons
@@ -104,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     save_model(folder / "model")
     measure_peak(["sample", "model", "--classes", "0", "--per-class", "1", "--num-steps", "1", "--out", "image.png"],
                  folder=folder)  # fmt: skip
-    print(f"{read_cpu_name()}, torch {torch.__version__}, 256 px, 24 layers x 768")
+    print(f"{cpu_name()}, torch {torch.__version__}, 256 px, 24 layers x 768")
     print(format_table([measure_peak(words, folder=folder) for words in list_commands("model")]))
 
 

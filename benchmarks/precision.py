@@ -14,10 +14,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from measuring import format_table, read_cpu_name
+from measuring import format_table
 from torch import Tensor
 
 from maskgit_pl import MaskGIT
+from maskgit_pl.devices import cpu_name
 
 
 def decode(pipe: MaskGIT, *, num_images: int) -> tuple[Tensor, float]:
@@ -54,7 +55,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--num-images", type=int, default=500, help="images per row (500)")
     args = parser.parse_args(words)
     torch.set_num_threads(1)
-    print(f"{read_cpu_name()}, 1 thread, torch {torch.__version__}, {args.num_images} images")
+    print(f"{cpu_name()}, 1 thread, torch {torch.__version__}, {args.num_images} images")
     print(format_table(measure(args.run, num_images=args.num_images)))
 
 

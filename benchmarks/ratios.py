@@ -23,9 +23,9 @@ from statistics import median
 from typing import Any
 
 import torch
-from measuring import format_table, read_cpu_name
+from measuring import format_table
 
-from maskgit_pl.devices import has_bfloat16
+from maskgit_pl.devices import cpu_name, has_bfloat16
 
 _README = Path(__file__).parent / "README.md"
 _BEGIN, _END = "<!-- ratios: written by `make benchmarks` -->", "<!-- end of ratios -->"
@@ -101,7 +101,7 @@ def write_table(table: str, readme: Path = _README) -> None:
     """Replaces what stands between the two comments of the page."""
     before, rest = readme.read_text().split(_BEGIN)
     after = rest.split(_END)[1]
-    machine = f"{datetime.date.today().isoformat()}, {read_cpu_name()}, torch {torch.__version__}:"
+    machine = f"{datetime.date.today().isoformat()}, {cpu_name()}, torch {torch.__version__}:"
     readme.write_text(f"{before}{_BEGIN}\n\n{machine}\n\n{table}\n\n{_END}{after}")
 
 

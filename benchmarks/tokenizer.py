@@ -34,8 +34,8 @@ def build_ours(task: Task, dtype: torch.dtype) -> Halves:
 
 
 def build_peer(task: Task, dtype: torch.dtype) -> Halves:
-    """Returns the VQModel of diffusers; it decodes codes, which its decoder looks up from tokens."""
-    network: Any = build_diffusers(task).eval().to(dtype)
+    """Returns the VQModel of diffusers, with channels last as ours; it decodes codes, which its decoder looks up."""
+    network: Any = build_diffusers(task).eval().to(dtype, memory_format=torch.channels_last)
     grid = task.network.grid(task.image_size)
 
     def encode(images: Tensor) -> Tensor:

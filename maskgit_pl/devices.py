@@ -79,8 +79,7 @@ def multiplies_by_onednn() -> bool:
     family 26 (Zen 5) and later do twice the work an instruction with AVX-512, which oneDNN uses; up to family 25
     (Zen 4), both widths are equally fast.
     """
-    lines = _CPUINFO.read_text().splitlines() if _CPUINFO.exists() else []
-    facts = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    facts = _cpu_facts()
     return (
         facts.get("vendor_id") == "AuthenticAMD"
         and int(facts["cpu family"]) >= 26
@@ -129,12 +128,26 @@ def device_name(device: torch.device) -> str:
         return torch.cuda.get_device_name(device)
     if device.type != "cpu":
         return device.type
-    # On Linux, the platform module often has no name of the CPU.
-    lines = _CPUINFO.read_text().splitlines() if _CPUINFO.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     threads = torch.get_num_threads()
-    name = names[0] if names else platform.processor() or platform.machine()
-    return f"{name}, {threads} thread{'s' if threads > 1 else ''}"
+    return f"{cpu_name()}, {threads} thread{'s' if threads > 1 else ''}"
+
+
+def cpu_name() -> str:
+    """Returns the CPU and the instructions that torch uses, such as "AMD EPYC (family 25, model 1, AVX2)".
+
+    Processors of one name may differ in speed by a factor of two.
+    """
+    facts = _cpu_facts()  # on Linux, the platform module often has no name of the CPU
+    name = facts.get("model name") or platform.processor() or platform.machine()
+    numbers = [f"{key.removeprefix('cpu ')} {facts[key]}" for key in ("cpu family", "model") if key in facts]
+    instructions = [each.upper() for each in ("avx512_bf16", "amx_bf16") if _has_instructions(each)]
+    return f"{name} ({', '.join([*numbers, torch.backends.cpu.get_cpu_capability(), *instructions])})"
+
+
+def _cpu_facts() -> dict[str, str]:
+    """Returns what Linux tells of the CPU (of the last core, as of each); nothing elsewhere."""
+    lines = _CPUINFO.read_text().splitlines() if _CPUINFO.exists() else []
+    return {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
 
 
 def describe_environment() -> dict[str, Any]:

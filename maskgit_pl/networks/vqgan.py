@@ -390,7 +390,7 @@ def _activation(config: VQGANConfig) -> nn.Module:
 
 def to_unit_range(images: Tensor) -> Tensor:
     """Converts uint8 pixels in [0, 255] to float32 in [0, 1], as ``VQGAN`` takes them."""
-    return images.to(torch.float32) / 255
+    return images.to(torch.float32, copy=True).div_(255)  # in place: half the time of another tensor
 
 
 def conv(
