@@ -76,6 +76,9 @@ def _plan(folder: Path, stage: Stage, data: str | Path | None, out: Path) -> Pla
     config = folder / stage / "config.yaml"
     recipe = Recipe.from_run(stage, config, _HERE)
     shards, tokenizer = find_data(recipe, data), None
+    store = recipe.paths.get("data.token_store")
+    if store is not None and not (folder / "tokens").is_dir():  # named by --data.token_store
+        recipe = recipe.with_overrides([f"--data.token_store={store}"])
     if stage == "transformer" and "model.tokenizer" in recipe.paths:
         # The tokenizer may have moved with the run, or was exported to the same folder before.
         places = [Path(recipe.paths["model.tokenizer"]), folder / "pretrained" / "tokenizer", out / "tokenizer"]

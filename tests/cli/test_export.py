@@ -85,6 +85,16 @@ def test_an_older_checkpoint_is_a_model_that_guides_a_later_one(run, maskgit, tm
     assert (tmp_path / "made.png").is_file()
 
 
+def test_a_run_on_the_tokens_of_another_run_is_exported(run, inputs, maskgit, tmp_path):
+    shared = (f"--runs-folder={tmp_path}", f"--tokenizer={run / 'pretrained' / 'tokenizer'}")
+    assert maskgit("tokenize", f"--data={inputs / 'shards'}", "--run=one", *shared).code == 0
+    flags = ("--data.source=tokens", f"--data.token_store={tmp_path / 'one' / 'tokens'}", "--run=two", *shared)
+    assert maskgit("train", *words("transformer", inputs), *flags).code == 0
+    assert not (tmp_path / "two" / "tokens").exists()
+    assert maskgit("export", tmp_path / "two", "--stage=transformer", f"--out={tmp_path / 'out'}").code == 0
+    assert content(tmp_path / "out" / "transformer") == content(tmp_path / "two" / "pretrained" / "transformer")
+
+
 def test_an_export_is_replaced_only_with_its_flag(run, maskgit, tmp_path):
     copy = shutil.copytree(run, tmp_path / "copy")
     before = content(copy / "pretrained")
