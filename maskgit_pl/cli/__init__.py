@@ -221,9 +221,9 @@ def _open_streams() -> None:
 def _keep_freed_memory() -> None:
     """Lets glibc keep up to 1 GiB of freed memory.
 
-    By default it returns each large tensor to the system, and the next one costs a page fault for every 4 KiB: on a CPU,
-    a training step of a tokenizer takes 1.05 to 1.15 times as long, and sampling 1.03 to 1.33 times, by the processor.
-    Other C libraries have no ``mallopt``.
+    By default it returns each large tensor to the system, and the next one costs a page fault for every 4 KiB: on
+    CPUs, a training step of a tokenizer takes 1.05 to 1.15 times as long, and sampling 1.03 to 1.33 times. Other C
+    libraries have no ``mallopt``.
     """
     if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
         mallopt(_M_TRIM_THRESHOLD, 2**30)

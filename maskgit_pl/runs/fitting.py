@@ -77,8 +77,8 @@ log = logging.getLogger(__name__)
 
 AUTO = "auto"
 
-# The smallest widths that gain from bf16-mixed (docs/speed.md), by stage and on CPUs or GPUs: on a CPU, a step of stage 1
-# takes 0.75 of its time with 64 base channels and 0.98 with 32, a step of stage 2 0.77 to 0.88 with 128 dimensions.
+# The smallest widths that gain from bf16-mixed (docs/speed.md). On a CPU, a step of stage 1 takes 0.75 of its time with
+# 64 base channels and 0.98 with 32, and a step of stage 2 takes 0.77 to 0.88 with 128 dimensions.
 _KEYS = {"tokenizer": "base_channels", "transformer": "embed_dim"}
 _WIDE = {"tokenizer": {"cpu": 64, "gpu": 64}, "transformer": {"cpu": 128, "gpu": 256}}
 
