@@ -16,6 +16,7 @@ import rich
 from maskgit_pl import evaluation
 from maskgit_pl.cli.arguments import Output, Word
 from maskgit_pl.cli.flags import Device, Folder, ImageSize, Numbers, Run, Specs, print_page
+from maskgit_pl.data.manifest import read_manifest_summary
 from maskgit_pl.evaluation.options import (
     FEATURES,
     EvaluationOptions,
@@ -181,6 +182,7 @@ def train_classifier(
         runs_folder: Folder of all runs.
         out: Classifier folder (default: runs/DATA-classifier/NAME).
     """
+    read_manifest_summary(data)  # before torch is imported
     # Flags that are not given keep the defaults of the network.
     training: dict[str, Any] = {"max_steps": max_steps, "batch": batch_size, "peak_rate": learning_rate}
     given = {name: value for name, value in training.items() if value is not None}

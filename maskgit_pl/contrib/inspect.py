@@ -35,6 +35,8 @@ def inspect(
         dtype: Arithmetic of the tokenizer; auto: bfloat16 on devices with instructions for it, else float32
             (default: auto on a GPU, else that of the weights).
     """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"run {folder}: no such folder; name a run folder, such as runs/NAME")
     from maskgit_pl.contrib.inspect_page import inspect_run  # torch takes seconds to import
 
     print(inspect_run(folder, data=data, out=out, num_images=num_images, device=device, dtype=dtype))

@@ -94,8 +94,6 @@ def inspect_run(
     """
     check_integer("num_images", num_images, "[1, inf)")
     device = find_device(device)
-    if not run.is_dir():
-        raise FileNotFoundError(f"run {run}: no such folder; name a run folder, such as runs/NAME")
     folders = {stage: run / stage for stage in ("tokenizer", "transformer")}
     recipes = {stage: read_run_recipe(folder / "config.yaml") for stage, folder in folders.items()}
     logs = {stage: read_logs(folder) for stage, folder in folders.items()}

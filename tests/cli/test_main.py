@@ -120,6 +120,7 @@ for words in (
     ["edit", "x", "y.png", "--class", "z", "--strength", "1"], ["ablation", "--of", "x"], ["export", "x"],
     ["push", "x", "y/z"], ["demo", "--dataset", "x"], ["train", "tokenizer", "--data", "x"], ["data", "verify", "x"],
     ["tokenize", "--data", "x"], ["data", "make", "x", "--out", "y"], ["data", "fetch", "x"],
+    ["inspect", "x"], ["train-classifier", "--data", "x"],
 ):
     assert main(words) == 2, words
     assert not {"torch", "lightning"} & set(sys.modules), words
