@@ -185,7 +185,8 @@ def measure(
     products = []
     for dtype in {contender.dtype for contender in contenders if contender.work is not None}:
         left, right = (torch.randn(product_size, product_size).to(dtype) for _ in range(2))
-        for multiply in (torch.mm, _multiply_by_onednn):
+        has_onednn = dtype != torch.bfloat16 or has_bfloat16("cpu")
+        for multiply in (torch.mm, _multiply_by_onednn) if has_onednn else (torch.mm,):
             products.append(Contender("", "", partial(multiply, left, right), dtype=dtype))
     for number in range(repeats + 1):
         for contender in (*products, *contenders):

@@ -168,13 +168,13 @@ def test_bfloat16_is_compared_with_float32(script, tiny_pretrained):
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")  # webdataset
 def test_both_loaders_see_each_image_and_each_sequence_once(script, tmp_path):
     script.write_images(tmp_path / "images", (300, 280), 5)
-    assert [read(tmp_path / "images") for _, _, read in script.IMAGE_READERS] == [5] * 5
+    assert [read(tmp_path / "images") for _, _, read in script.IMAGE_READERS] == [5] * 6
     reader = script.write_tokens(tmp_path / "tokens", 10)
     assert script.read_our_tokens(reader, 4) >= 10
     assert script.read_item_by_item(reader, 4) == 10
     contenders = script.list_contenders(tmp_path / "contenders", images=2, rows=300)
-    assert [contender.items for contender in contenders[:12]] == [*[6] * 10, 512, 300]
-    for contender in contenders[14:]:
+    assert [contender.items for contender in contenders[:14]] == [*[6] * 12, 512, 300]
+    for contender in contenders[16:]:
         contender.run()  # the start of a run that resumes
 
 

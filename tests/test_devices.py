@@ -6,6 +6,7 @@ import torch
 from maskgit_pl import devices
 from maskgit_pl.devices import (
     check_device,
+    cpu_name,
     default_device,
     device_names,
     find_device,
@@ -104,3 +105,12 @@ def test_float32_is_multiplied_by_onednn_on_amd_from_zen_5_on(monkeypatch, tmp_p
     assert multiplies_by_onednn() == is_faster
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     assert not multiplies_by_onednn()
+
+
+def test_the_name_of_a_cpu_has_its_family_and_its_instructions(monkeypatch, tmp_path):
+    path = tmp_path / "cpuinfo"
+    monkeypatch.setattr(devices, "_CPUINFO", path)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True, "amx_bf16": False}, raising=False)
+    path.write_text(2 * "model name\t: AMD EPYC\ncpu family\t: 26\nmodel\t\t: 2\n\n")
+    assert cpu_name() == "AMD EPYC (family 26, model 2, AVX512, AVX512_BF16)"
