@@ -28,7 +28,7 @@ specs = [name if name in ("halton", "random") else {"name": name, "choice_temper
 rows = [pipe.generate(pipe.class_names, num_steps=8, seed=0, token_selector=spec, output_type="pt") for spec in specs]
 sheet = image_grid(torch.cat(rows), columns=10, row_captions=names, column_captions=pipe.class_names)
 sheet.save(f"{out}/selectors.png")
-shirts = pipe.generate(["T-shirt/top"], num_steps=8, seed=15)
+shirts = pipe.generate(["T-shirt/top"], num_steps=8, seed=18)
 shirts[0].save(f"{folder}/generated/shirt.png")
 Image.open(f"{folder}/sneaker.png").crop((0, 0, 16, 28)).save(f"{folder}/front.png")
 Image.open(f"{folder}/shirt.png").crop((0, 0, 28, 16)).save(f"{folder}/upper.png")
