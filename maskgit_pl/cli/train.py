@@ -192,7 +192,7 @@ def demo(
 ) -> None:
     """Does everything once: fetches data, trains both stages, makes pictures, measures.
 
-    Fashion-MNIST takes about 10 minutes on 2 CPU cores. The same command resumes after a stop. Without
+    Fashion-MNIST takes 7 to 14 minutes on 2 CPU cores. The same command resumes after a stop. Without
     --recipe, it trains the recipe adaln, and on other data than Fashion-MNIST 'adaln 15m'. Further flags
     override recipe values of both stages.
 
