@@ -72,6 +72,8 @@ def is_refused(
     ("command", "text"),
     [
         ("sampel model", "maskgit: unknown command 'sampel': did you mean 'sample'? commands: demo, models, data, "),
+        ("import-taming x", "unknown command 'import-taming': did you mean 'import-tokenizer'?"),
+        ("generate x", "unknown command 'generate': did you mean 'sample'?"),
         ("train", "the following arguments are required: tokenizer|transformer; see maskgit train --help"),
         ("sample model --num-inference-steps 8", "--num-inference-steps 8; did you mean '--num-steps'?"),
         ("--verison", "maskgit: unknown argument --verison; did you mean '--version'?; see maskgit --help"),
@@ -183,6 +185,8 @@ def test_a_gpu_that_is_not_found_is_said_with_its_name(is_refused) -> None:
         ("train tokenizer", "data data/shards/fashion-mnist: no such folder; make it with `maskgit data fetch"),
         ("TOKENIZER --trainer.max_steps=-1", "trainer.max_steps must be >= 1, got -1"),
         ("TOKENIZER --loggers=wandb", "--loggers must be a list, got 'wandb'; write [wandb]"),
+        ("demo --data shards --run a --budget=1h", "unknown argument --budget; did you mean '--recipe'?"),
+        ("distill model --run a --data shards --num-step 3", "--num-step; did you mean '--num-steps'?"),
         ("TOKENIZER --epochs=3", "flag --epochs: unknown key 'epochs': did you mean 'trainer.max_steps'?"),
         ("TOKENIZER --model.optimizer.learning_rate=1", "must be a mapping, got 1; set a key of it, such as "),
         ("TOKENIZER --keep_every=7", "keep_every must be a multiple of checkpoint_every (1000)"),
