@@ -297,7 +297,7 @@ def _call(args: argparse.Namespace) -> int:
     except ValueError as error:
         flags, text = _flags_of(args.parser), str(error)
         # No key of a recipe, but a flag of the command with a typing mistake.
-        key = re.match(r"(?:flag |unrecognized argument ')--([\w-]+)(?:: unknown key|[='])", text)
+        key = re.match(r"flag --([\w-]+)(?:: unknown key| must have a value)", text)
         if key is not None and "did you mean" not in text and (hint := _nearest_flag(key[1], flags)):
             raise ValueError(f"unknown argument --{key[1]}; {hint}") from error
         # "num_steps must be ..." -> num_steps; "height of the image must ..." -> height, no flag of the command.
