@@ -36,7 +36,11 @@ def check_device(device: torch.device | str, *, name: str = "device") -> torch.d
     names, requested = device_names(), str(device)
     if requested in names:
         return torch.device(requested)
-    hint = "the name of a GPU is 'cuda'" if requested.startswith("gpu") else did_you_mean(requested, names)
+    hint = (
+        "the name of a GPU is 'cuda'" if requested.startswith("gpu")
+        else "a dtype is the second argument" if requested.startswith("torch.")
+        else did_you_mean(requested, names)
+    )  # fmt: skip
     where = f" (torch {torch.__version__} finds no GPU here)" if names == ["cpu"] else ""
     raise ValueError(f"{name} must be one of {', '.join(names)}, got {shorten(requested)}{hint and f'; {hint}'}{where}")
 

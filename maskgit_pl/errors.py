@@ -134,18 +134,21 @@ def describe_error(error: BaseException, command: str, *, with_traceback: bool =
     """
     stack = "".join(traceback.format_exception(error))
     if exit_code_of(error) == INTERNAL_ERROR and not isinstance(error, RunError):
-        kind = type(error).__name__
         return (
-            f"{stack}{command}: {kind}: internal error of maskgit_pl or of a library; please report it with the "
-            "traceback above and the output of `maskgit --version`\n"
+            f"{stack}{command}: {type(error).__name__}: internal error of maskgit_pl or of a library; please report it "
+            "with the traceback above and the output of `maskgit --version`\n"
         )
-    text = "interrupted" if isinstance(error, KeyboardInterrupt) else str(error)
-    if isinstance(error, OSError) and error.filename is not None and exit_code_of(error) == BAD_INPUT:
-        path = printable(error.filename, limit=None)
-        text = f"{path}: {error.strerror}; {_nearest_file(error) or 'check the path'}"
+    text = "interrupted" if isinstance(error, KeyboardInterrupt) else error_text(error)
     # The text may contain names from untrusted files.
     lines = "\n".join(printable(line, limit=None) for line in text.split("\n"))
     return f"{stack if with_traceback else ''}{command}: {lines}\n"
+
+
+def error_text(error: BaseException) -> str:
+    """Returns the text of an error; for a file that cannot be used, its path, the reason and the way out."""
+    if isinstance(error, OSError) and error.filename is not None and is_user_error(error):
+        return f"{printable(error.filename, limit=None)}: {error.strerror}; {_nearest_file(error) or 'check the path'}"
+    return str(error)
 
 
 def _nearest_file(error: OSError) -> str:

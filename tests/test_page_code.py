@@ -39,7 +39,7 @@ FILES = {  # what the blocks of a page write
     "README.md": ["shirt.png"],
     "docs/index.md": ["shirt.png"],
     "docs/export.md": ["generated.png"],
-    "docs/generation.md": ["shirt.png", "folder/config.json"],
+    "docs/generation.md": ["shirt.png", "reconstruction.png", "folder/config.json"],
     "docs/own-tokens.md": ["clips.npy", "directions.npy", "known.npy", "clips.gif"],
     "docs/python.md": ["first.png", "my-model/transformer/model.safetensors"],
 }

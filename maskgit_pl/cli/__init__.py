@@ -64,6 +64,7 @@ _COMMANDS = {  # the function of each command, in the order of the help
     "import-tokenizer": "cli.export:import_tokenizer",
     "import-transformer": "cli.export:import_transformer",
 }
+_HABITS = {"import-taming": "import-tokenizer", "generate": "sample", "budget": "recipe"}  # other words -> ours
 _GROUPS = {  # commands that have commands
     "data": "Fetches, makes, indexes and verifies shards of images.",
     "slurm": "Trains on a Slurm cluster with jobs that save before their time limit and requeue themselves.",
@@ -100,7 +101,7 @@ class _Parser(argparse.ArgumentParser):
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         # The function of a command reads the choices of a flag.
         if isinstance(action, argparse._SubParsersAction) and value not in action.choices:
-            hint = f"{did_you_mean(value, action.choices)} ".lstrip()
+            hint = f"{did_you_mean(_HABITS.get(value, value), action.choices)} ".lstrip()
             listed = ", ".join(action.choices)
             self.exit(BAD_INPUT, f"{self.prog}: unknown command {shorten(value)}: {hint}commands: {listed}\n")
 
@@ -269,7 +270,7 @@ def _flags_of(parser: argparse.ArgumentParser) -> list[str]:
 
 def _nearest_flag(name: str, flags: Sequence[str]) -> str:
     """Returns a hint with the flag closest to a name. Dashes are not compared: they would make all flags alike."""
-    return did_you_mean(name, flags).replace(" '", " '--")
+    return did_you_mean(_HABITS.get(name, name), flags).replace(" '", " '--")
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -296,7 +297,7 @@ def _call(args: argparse.Namespace) -> int:
     except ValueError as error:
         flags, text = _flags_of(args.parser), str(error)
         # No key of a recipe, but a flag of the command with a typing mistake.
-        key = re.match(r"flag --([\w-]+): unknown key", text)
+        key = re.match(r"flag --([\w-]+)(?:: unknown key| must have a value)", text)
         if key is not None and "did you mean" not in text and (hint := _nearest_flag(key[1], flags)):
             raise ValueError(f"unknown argument --{key[1]}; {hint}") from error
         # "num_steps must be ..." -> num_steps; "height of the image must ..." -> height, no flag of the command.

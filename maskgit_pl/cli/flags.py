@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -246,11 +245,6 @@ def record_steps(title: str, count: int) -> Iterator[tuple[Callable[[DecodingSte
             advance(title, int(step.was_masked.sum() - step.still_masked.sum()), total)
 
         yield after_step, steps
-
-
-def print_json(value: object) -> None:
-    """Prints plain values as JSON."""
-    print(json.dumps(value, indent=1))
 
 
 def print_rows(rows: Sequence[Mapping[str, Any]]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import re
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from maskgit_pl.checks import CHANNELS, check_choice, check_integer, pixels_text
 from maskgit_pl.cli.arguments import Output, Word
-from maskgit_pl.cli.flags import Folder, Specs, print_json, print_rows
+from maskgit_pl.cli.flags import Folder, Specs, print_rows
 from maskgit_pl.files import read_json, read_text, write_atomically
 from maskgit_pl.pipeline.sharing import bundled_models
 from maskgit_pl.registry import describe, nearest
@@ -98,7 +99,10 @@ def recipes_list() -> None:
         comment = re.match(r"(?:#.*\w.*\n)*", read_text(last))  # which opens the file
         words = re.sub(r"(?m)^#", "", comment[0] if comment else "").split()
         sentence = re.split(r"(?<=\.) |:$", " ".join(words))[0]
-        rows.append({"recipe": name, "of": ", ".join(files), "from": str(last.parents[1]), "description": sentence})
+        rows.append({
+            "recipe": name, "of": ", ".join(files), "from": "package" if last.is_absolute() else "recipes",
+            "description": sentence,
+        })  # fmt: skip
     print_rows(rows)
 
 
@@ -150,7 +154,7 @@ def recipes_schema(kind: Kind) -> None:
     """
     from maskgit_pl.runs.resolve import json_schema
 
-    print_json(json_schema(kind))
+    print(json.dumps(json_schema(kind), indent=1))
 
 
 def _recipe_files(name: str) -> dict[str, Path]:

@@ -6,12 +6,13 @@ import logging
 import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from json import dumps
 from pathlib import Path
 from typing import Annotated
 
 from maskgit_pl import evaluation, runs
 from maskgit_pl.cli.arguments import Word
-from maskgit_pl.cli.flags import Folder, NewRunFlags, Run, RunFlags, print_json
+from maskgit_pl.cli.flags import Folder, NewRunFlags, Run, RunFlags
 from maskgit_pl.data.token_store import TokenizeOptions
 from maskgit_pl.errors import BAD_INPUT
 from maskgit_pl.processes import catch_stop_signals, progress_bars
@@ -178,7 +179,7 @@ def doctor(
     with report.catch("recipe"):
         recipe = run.read(stage, overrides)
         report = runs.preflight(recipe, **run.folders(recipe), machines=machines)
-    print_json(report.as_dict()) if json else print(report)
+    print(dumps(report.as_dict(), indent=1) if json else report)
     return 0 if report.ok else BAD_INPUT
 
 

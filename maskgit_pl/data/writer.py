@@ -80,7 +80,7 @@ def make_shards(
     if has_content(folder):
         raise ValueError(
             f"data folder {printable(folder)} must be empty or made from the same source, got other content (see its "
-            f"{RECORD}); give another --out, or remove it"
+            f"{RECORD}); give another --out (of demo: --dataset), or remove it"
         )
     partial = _partial_folder(folder, record)
     plan = _Plan(source, partial, size, shard_size)

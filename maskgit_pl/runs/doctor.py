@@ -18,7 +18,7 @@ import torch
 from maskgit_pl.data import ShardDataConfig, split_batch
 from maskgit_pl.data.manifest import Split
 from maskgit_pl.data.token_store import read_data_summary
-from maskgit_pl.errors import is_user_error
+from maskgit_pl.errors import error_text, is_user_error
 from maskgit_pl.runs.costs import Encoder, Memory, checkpoint_bytes, step_memory, useful_flops
 from maskgit_pl.runs.fitting import (
     build,
@@ -123,7 +123,7 @@ class Preflight:
         except Exception as error:
             if not is_user_error(error):
                 raise
-            self.add(name, str(error), "FAIL")
+            self.add(name, error_text(error), "FAIL")
 
     @contextmanager
     def count(self, name: str) -> Iterator[None]:

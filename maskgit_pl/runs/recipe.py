@@ -296,7 +296,7 @@ def _explain_unknown_key(key: str, names: Sequence[str]) -> str:
     """Returns the message for a key that no recipe has; ``names`` are those that it can have."""
     if key in DERIVED_KEYS:
         return f"{key} cannot be set: it follows {DERIVED_KEYS[key]}"
-    group, _, leaf = key.rpartition(".")
+    group, _, leaf = key.replace("-", "_").rpartition(".")
     leaf = _HABITS.get(leaf, leaf)
     beside = {name.rpartition(".")[2]: name for name in names if name.rpartition(".")[0] == group}
     # The same name in another group, or a similar name in the same group.
@@ -391,7 +391,7 @@ def split_flags(words: Sequence[str]) -> Iterator[tuple[str, str]]:
     waiting = list(reversed(words))
     while waiting:
         word = waiting.pop()
-        if not re.fullmatch(r"--[A-Za-z_][\w.]*(=.*)?", word, re.DOTALL):
+        if not re.fullmatch(r"--[A-Za-z_][\w.-]*(=.*)?", word, re.DOTALL):
             raise ValueError(f"unrecognized argument {shorten(word)}; recipe values are set with --KEY=VALUE")
         key, equals, text = word[2:].partition("=")
         if not equals:

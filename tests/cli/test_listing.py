@@ -148,7 +148,8 @@ def test_a_copied_recipe_is_read_first_and_never_overwritten(printed, rows, mask
     copied.write_text(f"{copied.read_text()}trainer: {{max_steps: 77}}\n")
     recipe = Recipe.read("transformer", names="mine")
     assert (recipe.get("trainer.max_steps"), recipe.get("model.mask_schedule")) == (77, "log")
-    assert {"recipes"} == {row["from"] for row in rows("recipes", "list") if row["recipe"] == "mine"}
+    origins = {row["recipe"]: row["from"] for row in rows("recipes", "list")}
+    assert (origins["mine"], origins["log"]) == ("recipes", "package")
     error = maskgit("recipes", "copy", "cosine", "--as", "mine").error
     assert "mine.yaml: the file exists; choose another name with --as" in error
     assert "77" in copied.read_text()

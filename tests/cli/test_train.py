@@ -228,6 +228,7 @@ def test_doctor_prints_lines_or_json_and_ends_with_the_verdict(doctor):
     ready = doctor("--cluster", "ddp", "--nodes", "2", "--devices", "2")
     assert (ready.code, ready.out.splitlines()[-1]) == (0, "All 11 checks pass.")
     assert "4 = 4 ranks x 1 accumulation step x 1 sample" in ready.out
+    assert "recipe         no.yaml: No such file or directory; check the path" in doctor("--recipe=no.yaml").out
     wrong = doctor("--devices", "3", "--cluster", "ddp")
     assert (wrong.code, re.findall(r"^FAIL +(\w+)", wrong.out, re.MULTILINE)) == (2, ["batch"])
     checks = json.loads(doctor("--json").out)

@@ -39,6 +39,8 @@ def test_a_missing_device_is_refused_before_anything_moves(pipe, device) -> None
     with pytest.raises(ValueError, match=rf"device must be one of cpu.*, got '{device}'"):
         pipe.to(device)
     assert pipe.device.type == "cpu"
+    with pytest.raises(ValueError, match=r"got 'torch.float16'; a dtype is the second argument"):
+        pipe.to(torch.float16)
 
 
 @pytest.mark.parametrize(
