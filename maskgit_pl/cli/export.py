@@ -21,16 +21,19 @@ from maskgit_pl.text import printable, size_text
 File = Annotated[Path, Word("FILE")]
 
 _GRAPHS = "maskgit_pl.contrib.graph_export"  # has ``export_graphs``
+_PAGE = "maskgit_pl.web.static_page"  # has ``export_page``
 
 
 def export(
     folder: Run,
     *,
-    format_: Literal["pretrained", "onnx", "pt2"] = "pretrained",
+    format_: Literal["pretrained", "onnx", "pt2", "web"] = "pretrained",
     stage: Stage | None = None,
     step: int | None = None,
     data: Folder | None = None,
     out: Folder | None = None,
+    student: Run | None = None,
+    runtime: Folder | None = None,
     replace: bool = False,
 ) -> None:
     """Writes the EMA weights of a checkpoint as a pretrained folder, or a model for ONNX or PyTorch.
@@ -38,19 +41,27 @@ def export(
     A pretrained folder has safetensors and JSON, as training writes it at its end. Checkpoints of any number of ranks
     are read, on one CPU. With --format onnx or pt2, a pretrained model becomes files that other programs run without
     this package: decoder and encoder of the tokenizer, the logits of the transformer, and export.json. Each file is
-    loaded and compared with this package before the folder appears.
+    loaded and compared with this package before the folder appears. With --format web, it becomes a page that generates
+    and edits images in the browser, from any web server for files.
 
     Example: maskgit export fashion-mnist-demo --format onnx --out exported
 
     Args:
         folder: Run folder (runs/NAME); with a --format also a pretrained folder, a model of the package or OWNER/NAME.
-        format_: pretrained: safetensors and JSON; onnx: ONNX Runtime and others; pt2: torch.export.load.
+        format_: pretrained: safetensors and JSON; onnx: ONNX Runtime and others; pt2: torch.export.load;
+            web: a page for browsers.
         stage: Export only this stage (default: every stage that has a checkpoint).
         step: Step of the checkpoint (default: the newest).
         data: Data folder, if it has moved since the training.
         out: Folder to write (default: RUN/pretrained; required with a --format).
+        student: A model distilled from this one, to stand beside it on the page of --format web.
+        runtime: Folder dist of the npm package onnxruntime-web, to copy it to the page of --format web (default: the
+            page takes it from cdn.jsdelivr.net).
         replace: Replace an earlier export.
     """
+    for part, given in (("student", student), ("runtime", runtime)):
+        if given is not None and format_ != "web":
+            raise ValueError(f"--{part} must be left out with --format {format_}; it is part of --format web")
     if format_ == "pretrained":
         runs.export(folder, stage=stage, step=step, data=data, out=out, replace=replace)
         return
@@ -62,6 +73,10 @@ def export(
             )
     if out is None:
         raise ValueError(f"--out must name the folder to write with --format {format_}, such as --out exported")
+    if format_ == "web":
+        import_module(_PAGE).export_page(folder, out, student=student, runtime=runtime, replace=replace)
+        print(f"{out}: a page; show it with `python -m http.server --directory {out}`")
+        return
     content = import_module(_GRAPHS).export_graphs(folder, out, kind=format_, replace=replace)
     print(f"{out}: export.json and {len(content['graphs'])} graphs")
 

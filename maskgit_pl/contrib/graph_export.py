@@ -81,12 +81,8 @@ def export_graphs(
     Returns:
         The content of ``export.json``.
     """
-    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None] if kind == "onnx" else []
-    if missing:
-        raise ValueError(
-            f"--format onnx must have the packages {', '.join(PACKAGES)}, and {missing[0]} is missing; install them "
-            "with `pip install 'maskgit_pl[export]'`, or use --format pt2"
-        )
+    if kind == "onnx":
+        check_packages("onnx")
     check = partial(check_new_folder, replace=replace, description=DESCRIPTION, known=_FILES)
     # The folder is locked and checked before the model is loaded.
     with write_folder(Path(out), name="--out", check=check) as fresh:
@@ -97,9 +93,9 @@ def export_graphs(
             _log.warning(
                 "%s: the negative model of guidance is not exported; guide with the null class instead", folder
             )
-        description = _describe_model(pipe, folder)  # first, since it refuses what no file can hold
+        description = describe_model(pipe, folder)  # first, since it refuses what no file can hold
         # 2.
-        graphs = {each.name: _write(each, fresh, kind) for each in graphs_of(pipe.tokenizer, pipe.transformer)}
+        graphs = {each.name: write_checked(each, fresh, kind) for each in graphs_of(pipe.tokenizer, pipe.transformer)}
         # 3.
         content = {
             "format": _FORMAT,
@@ -111,6 +107,16 @@ def export_graphs(
         write_text(fresh / DESCRIPTION, json.dumps(content, indent=2) + "\n")
         # 4. On leaving the block.
     return content
+
+
+def check_packages(kind: str) -> None:
+    """Checks that the packages of ONNX are installed, for a format."""
+    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ValueError(
+            f"--format {kind} must have the packages {', '.join(PACKAGES)}, and {missing[0]} is missing; install them "
+            "with `pip install 'maskgit_pl[export]'`, or use --format pt2"
+        )
 
 
 def compare_graph(graph: Graph, file: Path, kind: Format) -> float:
@@ -139,8 +145,8 @@ def compare_graph(graph: Graph, file: Path, kind: Format) -> float:
     return largest
 
 
-def _write(graph: Graph, folder: Path, kind: Format) -> dict[str, Any]:
-    """Writes and compares a graph, and returns its description."""
+def write_checked(graph: Graph, folder: Path, kind: Format) -> dict[str, Any]:
+    """Writes and compares a graph, and returns its description for ``export.json``."""
     file = folder / f"{graph.name}.{kind}"
     write_graph(graph, file, kind)
     difference = compare_graph(graph, file, kind)
@@ -163,7 +169,7 @@ def _describe_tensor(value: Tensor) -> dict[str, Any]:
     return {"dtype": str(value.dtype).removeprefix("torch."), "shape": ["batch", *value.shape[1:]]}
 
 
-def _describe_model(pipe: MaskGIT, folder: Path) -> dict[str, Any]:
+def describe_model(pipe: MaskGIT, folder: Path) -> dict[str, Any]:
     """Returns what a program needs to know to run the graphs, in plain values."""
     config, tokenizer = pipe.transformer.network.config, pipe.tokenizer
     transformer_file = read_config(folder / "transformer", "transformer")
