@@ -20,6 +20,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "docs")]  # the package need not be instal
 from reference import write_reference  # noqa: E402  # after the path is set
 
 from maskgit_pl import __version__  # noqa: E402  # after the path is set
+from maskgit_pl.web.static_page import export_page  # noqa: E402  # the same
 
 SOURCE = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"].get("urls", {}).get("Source")
 
@@ -73,9 +74,27 @@ def keep_bars(app: Sphinx, what: str, name: str, obj: object, options: object, l
     lines[:] = [re.sub(r"(``.*?``)|\|", lambda found: found[1] or r"\|", line) for line in lines]
 
 
+def show_model(app: Sphinx, page: str, template: str, context: dict[str, object], doctree: object) -> None:
+    """Adds the script to the page "How it works" that shows the model in place of its picture."""
+    if page == "docs/how-it-works":
+        context["body"] = (
+            f"{context['body']}<script type=module>{(ROOT / 'docs/how-it-works/model.js').read_text()}</script>"
+        )
+
+
+def export_model(app: Sphinx, error: Exception | None) -> None:
+    """Writes the page of the model of the package, and of its one-step student if there is one."""
+    student = ROOT / "runs/one-step"
+    if error is None and app.builder.name == "html":
+        model = Path(app.outdir) / "model"
+        export_page("fashion-mnist-demo", model, student=student if student.exists() else None, replace=True)
+
+
 def setup(app: Sphinx) -> None:
     """Writes the generated pages before Sphinx looks for its sources."""
     write_reference(ROOT / "docs" / "reference")
     app.connect("autodoc-process-docstring", keep_bars)
+    app.connect("html-page-context", show_model)
+    app.connect("build-finished", export_model)
     if SOURCE is not None:
         app.connect("doctree-read", link_to_source)

@@ -1,6 +1,7 @@
 """The page of ``maskgit export --format web`` in a real Chromium, from a plain web server for files.
 
-``make test-web WEB_PICTURES=docs/web`` also writes the pictures of docs/export.md.
+``make test-web WEB_PICTURES=docs/web`` also writes the pictures of docs/export.md, with the
+student ``runs/one-step``.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import io
 import json
 import os
 import shutil
+import subprocess
 import sys
 import tarfile
 import threading
@@ -24,7 +26,7 @@ from typing import Any
 
 import pytest
 import torch
-from playwright.sync_api import Browser, Page, expect
+from playwright.sync_api import Browser, Page, Route, expect
 
 from maskgit_pl import MaskGIT
 from maskgit_pl.cli import main
@@ -38,6 +40,7 @@ from tests.web.conftest import ROOT
 
 MODEL = "fashion-mnist-demo"
 BAG = 8
+PICTURES = os.environ.get("WEB_PICTURES")
 NUM_IMAGES = 200
 TOKENS = """async ([model, jobs]) => {
     const script = await import("./page.js"), page = await (await fetch("model.json")).json();
@@ -71,7 +74,9 @@ def runtime(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The model of the package with the decoding of a distilled one; its images are bad, its tokens are defined."""
+    """The model of the package with the decoding of a distilled one: its images are bad. Pictures show a real one."""
+    if PICTURES:
+        return ROOT / "runs/one-step"
     folder = tmp_path_factory.mktemp("student") / "pretrained"
     shutil.copytree(find_folder(MODEL), folder)
     save_decoding(folder, DecodingConfig(1, "random", random_start=0.4, top_k=100))
@@ -83,6 +88,15 @@ def exported(runtime: Path, student: Path, tmp_path_factory: pytest.TempPathFact
     folder = tmp_path_factory.mktemp("exported") / "page"
     command = ["export", MODEL, "--format", "web", "--out", str(folder), "--student", str(student)]
     assert main([*command, "--runtime", str(runtime)]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The site of the documentation."""
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "sphinx", "--quiet", "--conf-dir", "docs", ".", str(folder)]
+    subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True)
     return folder
 
 
@@ -296,7 +310,7 @@ def test_a_broken_file_is_one_sentence(browser, exported, tmp_path, file, change
 
 @pytest.mark.parametrize("width", [390, 1280])
 def test_the_page_fits_its_window(browser, url, exported, width, tmp_path, capsys):
-    folder = ROOT / os.environ["WEB_PICTURES"] if os.environ.get("WEB_PICTURES") else tmp_path
+    folder = ROOT / PICTURES if PICTURES else tmp_path
     with opened(browser, url, width) as page:
         page.get_by_label("Class").select_option("Ankle boot")
         wait_for_result(page, 2)
@@ -308,6 +322,31 @@ def test_the_page_fits_its_window(browser, url, exported, width, tmp_path, capsy
         sizes = {file.name: file.stat().st_size for file in exported.iterdir()}
         with capsys.disabled():
             print(f"\n{sum(sizes.values()) / 2**20:.1f} MiB: {sizes}", file=sys.stderr)
+
+
+@pytest.mark.parametrize("is_online", [True, False])
+def test_the_site_shows_the_model_or_else_its_picture(browser, site, runtime, is_online):
+    with served(site) as url:
+        page = browser.new_page()
+        asked = []
+
+        def answer(route: Route) -> None:
+            asked.append(route.request.url)
+            headers = {"Access-Control-Allow-Origin": "*"}
+            route.fulfill(path=runtime / asked[-1].rpartition("/")[2], headers=headers) if is_online else route.abort()
+
+        page.route("https://cdn.jsdelivr.net/**", answer)
+        page.goto(f"{url}docs/how-it-works.html")
+        picture, frame = page.locator('img[src$="decoding.png"]'), page.frame_locator("iframe")
+        if is_online:
+            expect(frame.locator("#caption")).to_contain_text("Step 8 of 8")
+            expect(picture).to_be_hidden()
+        else:
+            expect(frame.get_by_role("alert")).to_contain_text("is missing or has changed")
+            expect(picture).to_be_visible()
+        assert {url.rpartition("/")[2] for url in asked} == {*RUNTIME}
+        assert all(f"onnxruntime-web@{VERSION}/dist/" in url for url in asked)
+        page.close()
 
 
 def test_another_runtime_and_another_tokenizer_are_refused(runtime, tmp_path, tiny_pretrained, capsys):

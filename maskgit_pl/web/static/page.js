@@ -236,7 +236,7 @@ async function open() {
     element("position").value = state.position;
     element("scale").hidden = !element("confidence").checked;
     element("fill").disabled = element("clear").disabled = state.painted.size === 0;
-    if (frame) element("caption").textContent = `Step ${frame.step + 1} of ${frame.steps}: ${frame.left} of ${page.cells.length} tokens masked${state.took}`;
+    if (frame) element("caption").textContent = `Step ${frame.step + 1} of ${frame.steps}: ${frame.left} of ${page.cells.length} tokens masked${frame.left ? "" : state.took}`;
   };
 
   const run = async (which, start, settings, isStale, use) => { // the time of drawing is not counted
@@ -257,7 +257,7 @@ async function open() {
     await run(0, start, readFields(), isStale, (frame, milliseconds) => {
       state.frames.push(frame);
       state.position = state.frames.length - 1;
-      state.took = frame.left ? "" : `, ${milliseconds.toFixed(0)} ms`;
+      state.took = `, ${milliseconds.toFixed(0)} ms`;
       show();
     });
     if (!isStale()) document.body.dataset.done = Number(document.body.dataset.done ?? 0) + 1;
