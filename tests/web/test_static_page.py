@@ -6,6 +6,7 @@ student ``runs/one-step``.
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import os
@@ -24,8 +25,10 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from playwright.sync_api import Browser, Page, Route, expect
 
 from maskgit_pl import MaskGIT
@@ -36,6 +39,7 @@ from maskgit_pl.pretrained.networks import save_decoding
 from maskgit_pl.randomness import gumbel_rows, random_bits
 from maskgit_pl.schedules import mask_schedules
 from maskgit_pl.web.static_page import RUNTIME, VERSION
+from tests.conftest import save_tiny_pretrained
 from tests.web.conftest import ROOT
 
 MODEL = "fashion-mnist-demo"
@@ -292,6 +296,20 @@ def test_a_setting_changes_the_image_and_can_be_taken_back(page):
     page.get_by_role("button", name="Settings of the model").click()
     wait_for_result(page, 3)
     assert pixels(page, "#picture") == before
+
+
+def test_the_picture_is_that_of_python_in_color_too(browser, runtime, tmp_path):
+    tiny, folder = save_tiny_pretrained(tmp_path / "tiny", in_channels=3), tmp_path / "page"
+    assert main(["export", str(tiny), "--format", "web", "--out", str(folder), "--runtime", str(runtime)]) == 0
+    expected = np.asarray(MaskGIT.from_pretrained(tiny).generate([0], seed=11)[0]).astype(int)
+    with served(folder) as url, opened(browser, url) as page:
+        content = base64.b64decode(pixels(page, "#picture").partition(",")[2])
+        picture = np.asarray(Image.open(io.BytesIO(content)).convert("RGB")).astype(int)
+    scale = len(picture) // len(expected)
+    shown = picture[scale // 2 :: scale, scale // 2 :: scale]
+    assert expected.shape == shown.shape
+    assert expected.std(-1).max() > 0  # there is color
+    assert np.abs(shown - expected).max() <= 1
 
 
 @pytest.mark.parametrize(("file", "change"), [("transformer.onnx", "broken"), ("tokenizer-decoder.onnx", "gone")])
