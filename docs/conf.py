@@ -5,6 +5,7 @@ and these links lead to the same place on a code host and in the site. A link to
 recipe, becomes a download, or a link to the repository if ``pyproject.toml`` has an address of the source.
 """
 
+import logging
 import re
 import sys
 import tomllib
@@ -86,6 +87,7 @@ def export_model(app: Sphinx, error: Exception | None) -> None:
     """Writes the page of the model of the package, and of its one-step student if there is one."""
     student = ROOT / "runs/one-step"
     if error is None and app.builder.name == "html":
+        logging.getLogger("maskgit_pl").setLevel(logging.WARNING)
         model = Path(app.outdir) / "model"
         export_page("fashion-mnist-demo", model, student=student if student.exists() else None, replace=True)
 
