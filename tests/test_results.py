@@ -61,7 +61,8 @@ def make_page(name: str) -> Page:
     if name == "table-2":
         return make_editing_page(rows("editing"))
     if name == "table-3":
-        runs = [f"fashion-mnist-adaln-{name}-seed0" for name in SCHEDULES]
+        measured = {row["run"] for row in rows("likelihood")}
+        runs = [run for name in SCHEDULES for run in sorted(measured) if f"mask_schedule-{name}-seed" in run]
         return make_schedule_page(read_results(LEDGER, runs, num_images=1000))
     return make_timing_page(sorted(rows("timing"), key=lambda row: (row["num_tokens"], METHODS.index(row["method"]))))
 
