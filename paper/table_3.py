@@ -13,7 +13,6 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import fmean
 from typing import Annotated
 
 from maskgit_pl.cli import run_script
@@ -95,7 +94,7 @@ def read_results(ledger: Ledger, runs: Sequence[str], *, num_images: int) -> lis
 
 
 def draw_figure(results: Sequence[ScheduleResult], real: Row, *, num_tokens: int) -> bytes:
-    """Draws Figure 8 as a PNG: the schedules that need no arguments, and the mean FID of each at every T.
+    """Draws Figure 8 as a PNG: the schedules without arguments, and the FID of each at every T, mean and range.
 
     Args:
         results: The measurements.
@@ -107,7 +106,7 @@ def draw_figure(results: Sequence[ScheduleResult], real: Row, *, num_tokens: int
     return draw_figure_8(
         {name: schedules[schedule] for name, group in grouped.items()
          if (schedule := group[0].likelihood["mask_schedule"]) in schedules},
-        {name: {steps: fmean(each.curve[steps] for each in group) for steps in sorted(group[0].curve)}
+        {name: {steps: [each.curve[steps] for each in group] for steps in sorted(group[0].curve)}
          for name, group in grouped.items()},
         num_tokens=num_tokens,
         network=real["network"],

@@ -5,7 +5,8 @@ Source: Chang et al., MaskGIT, CVPR 2022, arXiv:2202.04200, Figure 8.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from statistics import fmean
 from typing import TYPE_CHECKING
 
 import torch
@@ -37,7 +38,7 @@ _POINTS = 513  # points of a curve of mask ratios
 
 def draw_figure_8(
     schedules: Mapping[str, MaskSchedule],
-    curves: Mapping[str, Mapping[int, float]],
+    curves: Mapping[str, Mapping[int, Sequence[float]]],
     *,
     num_tokens: int,
     network: str,
@@ -47,28 +48,31 @@ def draw_figure_8(
 ) -> bytes:
     """Draws the mask schedules on the left, and the FID of the model of each over T on the right, as a PNG.
 
-    Each line has a star at its best T. ``floor`` is the FID of as many real images as ``num_images``, the images of
-    each point.
+    A line is the mean of the values of each T, its bars their range, and its star the best T. ``floor`` is the FID of
+    as many real images as ``num_images``, the images of each point.
     """
     page = Figure(figsize=(13.4, 5.2), layout="constrained")
     left, right = page.subplots(1, 2)
     _plot_ratios(left, schedules, num_tokens)
     left.legend(frameon=False, fontsize=9.5, loc="upper right", ncols=2)
-    colours, values = _choose_colours(curves), [value for curve in curves.values() for value in curve.values()]
+    means = {name: {steps: fmean(values) for steps, values in curve.items()} for name, curve in curves.items()}
+    colours, values = _choose_colours(means), [value for curve in means.values() for value in curve.values()]
     right.set_xscale("log", base=2)
     if max(values) > 4 * min(values):
         right.set_yscale("log")
         right.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         right.yaxis.set_major_formatter("{x:g}")
     # The legend is in the order of the line ends.
-    for name, curve in sorted(curves.items(), key=lambda item: -item[1][max(item[1])]):
+    for name, curve in sorted(means.items(), key=lambda item: -item[1][max(item[1])]):
+        lowest, highest = ([bound(each) for each in curves[name].values()] for bound in (min, max))
+        right.vlines(list(curve), lowest, highest, color=colours[name], linewidth=1.2, alpha=0.6, zorder=2)
         best = min(curve, key=lambda steps: curve[steps])
         right.plot(list(curve), list(curve.values()), color=colours[name], marker="o", linewidth=1.5, markersize=3.5,
                    zorder=2, label=plain_label(f"{name}, best T = {best}"))  # fmt: skip
         right.plot([best], [curve[best]], color=colours[name], marker="*", markersize=14, markeredgecolor="white",
                    zorder=5)  # fmt: skip
     right.axhline(floor, color=_REAL, linestyle=(0, (4, 3)), linewidth=1.2, zorder=1, label=f"real images: {floor:.2f}")
-    steps = sorted({step for curve in curves.values() for step in curve})
+    steps = sorted({step for curve in means.values() for step in curve})
     right.set_xticks(steps, [str(step) for step in steps])
     for axis in (right.xaxis, right.yaxis):
         axis.set_minor_locator(NullLocator())

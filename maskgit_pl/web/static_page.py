@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import base64
 import json
-from contextlib import suppress
 from dataclasses import replace as with_values
 from functools import partial
 from importlib.resources import files
@@ -154,10 +153,7 @@ def _describe_decoding(pipe: MaskGIT, folder: Path) -> dict[str, Any]:
     spec = decoding.guidance if isinstance(decoding.guidance, dict) else {"name": decoding.guidance}
     unit = guidance_schedules.build({**spec, "scale": 1.0}) if hasattr(guidance, "scale") else guidance
     own = decoding.mask_schedule or mask_schedules.spec(trained)
-    schedules = {describe(own): mask_schedules.build(own)}
-    for name in mask_schedules.names():
-        with suppress(ValueError):  # one with arguments, such as ``pow``
-            schedules.setdefault(name, mask_schedules.build(name))
+    schedules = {describe(own): mask_schedules.build(own), **mask_schedules.build_all()}
     steps = range(1, max(decoding.num_steps, min(config.num_tokens, _MOST_STEPS)) + 1)
     first, last = (CodeSampling(decoding.sampling_temperature).temperature_at(at) for at in (0, 1))
     return {
