@@ -21,7 +21,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "docs")]  # the package need not be instal
 from reference import write_reference  # noqa: E402  # after the path is set
 
 from maskgit_pl import __version__  # noqa: E402  # after the path is set
-from maskgit_pl.web.static_page import export_page  # noqa: E402  # the same
+from maskgit_pl.contrib.web_export import export_page  # noqa: E402  # the same
 
 SOURCE = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"].get("urls", {}).get("Source")
 

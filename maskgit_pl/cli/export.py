@@ -21,7 +21,7 @@ from maskgit_pl.text import printable, size_text
 File = Annotated[Path, Word("FILE")]
 
 _GRAPHS = "maskgit_pl.contrib.graph_export"  # has ``export_graphs``
-_PAGE = "maskgit_pl.web.static_page"  # has ``export_page``
+_PAGE = "maskgit_pl.contrib.web_export"  # has ``export_page``
 
 
 def export(

@@ -33,12 +33,12 @@ from playwright.sync_api import Browser, Page, Route, expect
 
 from maskgit_pl import MaskGIT
 from maskgit_pl.cli import main
+from maskgit_pl.contrib.web_export import RUNTIME, VERSION
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.pipeline.sharing import find_folder
 from maskgit_pl.pretrained.networks import save_decoding
 from maskgit_pl.randomness import gumbel_rows, random_bits
 from maskgit_pl.schedules import mask_schedules
-from maskgit_pl.web.static_page import RUNTIME, VERSION
 from tests.conftest import save_tiny_pretrained
 from tests.web.conftest import ROOT
 

@@ -1,6 +1,6 @@
 """Exports a model as a page that generates and edits images in the browser of a visitor, without a server.
 
-The folder holds static files: a page (``static/``), the networks as ONNX graphs, and ``model.json`` with all numbers
+The folder holds static files: a page (``web_page/``), the networks as ONNX graphs, and ``model.json`` with all numbers
 that the script needs. ONNX Runtime Web runs the graphs. It is copied from a folder, or the page fetches it: the pinned
 version with its hash, so that no other code runs.
 
@@ -103,7 +103,7 @@ def export_page(
             "runtime": {"folder": "" if copied else cdn, "files": RUNTIME},
         }
         for name in PAGE:
-            write_text(fresh / name, files("maskgit_pl.web").joinpath("static", name).read_text("utf-8"))
+            write_text(fresh / name, files("maskgit_pl.contrib").joinpath("web_page", name).read_text("utf-8"))
         for name, code in copied.items():
             (fresh / name).write_bytes(code)
         write_text(fresh / DESCRIPTION, json.dumps(content) + "\n")
