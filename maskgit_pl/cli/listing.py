@@ -174,8 +174,9 @@ def registered_parts() -> dict[str, dict[str, str]]:
     parts: dict[str, dict[str, str]] = {}
     for file in sorted(Path(__file__).parents[1].rglob("*.py")):
         text = read_text(file)
-        for node in ast.parse(text).body if ".register(" in text else ():
-            for decorator in node.decorator_list if isinstance(node, ast.ClassDef | ast.FunctionDef) else ():
+        body = ast.parse(text).body if ".register(" in text else []
+        for node in (node for node in body if isinstance(node, ast.ClassDef | ast.FunctionDef)):
+            for decorator in node.decorator_list:
                 match decorator:
                     case ast.Call(func=ast.Attribute(ast.Name(registry), "register"), args=[ast.Constant(str(name))]):
                         paragraph = " ".join((ast.get_docstring(node) or "").split("\n\n")[0].split())

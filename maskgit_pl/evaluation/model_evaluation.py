@@ -36,7 +36,7 @@ from maskgit_pl.evaluation.reconstruction import measure_reconstruction, open_lp
 from maskgit_pl.evaluation.reference import iter_real_batches
 from maskgit_pl.evaluation.run_folders import find_run
 from maskgit_pl.files import check_writable, write_text
-from maskgit_pl.grids import image_grid, reconstruction_grid, save_png
+from maskgit_pl.grids import class_captions, image_grid, reconstruction_grid, save_png
 from maskgit_pl.processes import Bars, local_rank, no_bars
 
 _LIKELIHOOD = ("num_images", "draws", "masked_nll", "elbo_", "exact_")  # beginnings of the columns of the report
@@ -300,7 +300,7 @@ def _write_pictures(
     classes = choose_classes(len(pipe.class_names))
     rows = [generated.read((generated.labels == label).nonzero()[:_SHOWN_OF_A_CLASS, 0]) for label in classes]
     least = min(len(row) for row in rows)
-    names = [pipe.class_names[label] for label in classes]
+    names = class_captions(pipe.class_names, classes)
     folder.mkdir(parents=True, exist_ok=True)
     grid = image_grid(torch.cat([row[:least] for row in rows]), columns=least, row_captions=names)
     save_png(grid, folder / "samples.png")
