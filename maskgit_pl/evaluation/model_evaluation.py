@@ -109,8 +109,7 @@ def evaluate(run: Path | str, options: EvaluationOptions | None = None, *, bars:
         }
         stages = (read_training_time(folders.run / stage) for stage in STAGES)
         times = [time for time in stages if time is not None and time.is_cpu]
-        limit = describe_limit(content, quote(str(run)), times=times)
-        report = Report({**content, "limiting_stage": limit}, file)
+        report = Report({**content, "limiting_stage": describe_limit(content, quote(str(run)), times=times)}, file)
         if model.tokenizer is not None:  # the file of the measured images still exists
             generated = evaluator.generate(model, decoding, title=f"{model.run}: pictures", **images)
             if rank == 0:
@@ -286,14 +285,12 @@ def describe_limit(content: Mapping[str, Any], run: str, *, times: Sequence[Trai
         )
     stage = "tokenizer" if rebuilt > _TOKENIZER_SHARE * fid else "transformer"
     decoding = f"another decoding (`maskgit tune {run}`), more steps if `maskgit inspect {run}` finds no fault, or "
-    larger = ""
-    if len(times) == len(STAGES) and content["model"]["image_size"] == 32:  # patches of 4 x 4 keep the cost of a step
-        minutes = sum(time.cost for time in times) / 60
-        larger = f" 64 px: add 64px to --recipe, about {minutes:.0f} CPU minutes again (docs/own-images.md)."
+    cost = f"about {sum(time.cost for time in times) / 60:.0f} CPU minutes again"  # patches of 4 x 4: that of 32 px
+    is_known = len(times) == len(STAGES) and content["model"]["image_size"] == 32
     return (
         f"The {stage} limits: reconstructed real images already have FID {rebuilt:.2f} of {fid:.2f}. Try "
         f"{decoding if stage == 'transformer' else ''}a larger one of `maskgit recipes list`, such as "
-        f"--recipe 'adaln 1h'.{larger}"
+        f"--recipe 'adaln 1h'.{f' 64 px: add 64px to --recipe, {cost} (docs/own-images.md).' if is_known else ''}"
     )
 
 
