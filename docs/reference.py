@@ -16,7 +16,7 @@ from pathlib import Path
 from types import ModuleType
 
 from maskgit_pl.cli import build_parser
-from maskgit_pl.cli.listing import REGISTRIES
+from maskgit_pl.cli.listing import registered_parts
 from maskgit_pl.runs.recipe import recipes_folders
 
 WIDTH = "88"  # columns of the help texts
@@ -137,10 +137,8 @@ def name_page() -> str:
         "# Registered names\n\nRecipes, flags and Python take these names. `maskgit plugins` prints them with those "
         "of installed plug-ins, and [Plug-ins](../plug-ins.md) shows how to add one.\n"
     ]
-    for kind, module in REGISTRIES.items():
-        registry = getattr(import_module(f"maskgit_pl.{module}"), kind)
-        built_in = [name for name, package in registry.origins().items() if package == "maskgit_pl"]
-        rows = [f"| `{name}` | {escape(registry.summary(name))} |" for name in built_in]
+    for kind, texts in registered_parts().items():
+        rows = [f"| `{name}` | {escape(text)} |" for name, text in texts.items()]
         parts.append(f"## {kind}\n\n| name | description |\n|---|---|\n{chr(10).join(rows)}\n")
     return "\n".join(parts)
 

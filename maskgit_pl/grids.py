@@ -1,13 +1,15 @@
 """Draws pages of images with captions, head lines and legends, and writes PNG and GIF files.
 
-ASCII texts are drawn in Pillow's own font, and others in DejaVu Sans of matplotlib, which has
-accents, Greek and Cyrillic, among others, and no Chinese, Japanese or Korean.
+ASCII texts are drawn in Pillow's own font, and others in DejaVu Sans of matplotlib, which has accents, Greek and
+Cyrillic, among others; or, such as Chinese, Japanese and Korean, in a font of the system that has all letters.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import TypeAlias
 
@@ -33,6 +35,15 @@ _Font: TypeAlias = ImageFont.FreeTypeFont | ImageFont.ImageFont  # the latter in
 _BAR = (160, 12)  # width and height of a color bar in pixels
 _LINE = 2  # pixels of an outline
 _LAST_FRAME = 2400  # milliseconds
+
+
+def class_captions(names: Sequence[str], labels: Sequence[int | None]) -> list[str]:
+    """Returns the name of each class, or its number where no font has the letters; "no class" for None or past all."""
+    captions = ["no class" if label is None or label >= len(names) else names[label] for label in labels]
+    if (text := "".join(captions)).isascii() or _font_file(frozenset(text)):
+        return captions
+    drawn = [_font_file(frozenset(name)) == next(_font_files()) for name in captions]
+    return [name if known else f"class {label}" for name, known, label in zip(captions, drawn, labels, strict=True)]
 
 
 def to_pil(image: Tensor) -> Image.Image:
@@ -266,11 +277,32 @@ def save_gif(frames: Sequence[Image.Image], path: Path, *, milliseconds: int) ->
 
 def _font(texts: Iterable[str]) -> _Font:
     """Returns the font in which all texts of a part of a page are drawn."""
-    if all(map(str.isascii, texts)):
+    text = "".join(texts)
+    if text.isascii():
         return ImageFont.load_default(_FONT_SIZE)
-    import matplotlib
+    return ImageFont.truetype(_font_file(frozenset(text)) or next(_font_files()), _FONT_SIZE)
 
-    return ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf", _FONT_SIZE)
+
+@cache
+def _font_file(letters: frozenset[str]) -> str | None:
+    """Returns the first font that has all letters; None if no font has them."""
+    from matplotlib.ft2font import FT2Font
+
+    codes = [ord(letter) for letter in letters if letter.isprintable()]
+    for file in _font_files():
+        with suppress(RuntimeError, OSError):  # a damaged font
+            if all(map(FT2Font(file).get_char_index, codes)):
+                return file
+    return None
+
+
+def _font_files() -> Iterator[str]:
+    """Yields the font of matplotlib, and then those of the system, whose search takes time."""
+    import matplotlib
+    from matplotlib.font_manager import findSystemFonts
+
+    yield f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf"
+    yield from sorted(findSystemFonts())
 
 
 def _wrap(text: str, width: int, font: _Font) -> Iterator[str]:

@@ -28,6 +28,7 @@ __all__ = [
     "Registry",
     "derives_from",
     "describe",
+    "find_plugins",
     "has_create",
     "lazy_names",
     "nearest",
@@ -93,19 +94,6 @@ class Registry(Generic[T]):
         """
         self._import_modules()
         return [*self._factories, *sorted(self._plugins())]
-
-    def origins(self) -> dict[str, str]:
-        """Returns the package of each name: ``maskgit_pl``, or the one that announces it. No plug-in is loaded."""
-        self._import_modules()
-        built_in = {name: factory.__module__.partition(".")[0] for name, factory in self._factories.items()}
-        announced = {name: " and ".join(point.package for point in points) for name, points in self._plugins().items()}
-        return {**built_in, **announced}
-
-    def summary(self, name: str) -> str:
-        """Returns the first paragraph of a built-in docstring without its source, or an empty text for a plug-in."""
-        factory = self._factories.get(name)
-        text = inspect.getdoc(factory) or "" if factory is not None else ""
-        return " ".join(text.split("\n\n")[0].split()).partition(" Source:")[0].replace("``", "")
 
     def factory(self, name: str) -> Callable[..., T]:
         """Returns the factory that is registered as ``name``, without building anything.
@@ -249,7 +237,7 @@ class Registry(Generic[T]):
     def _plugins(self) -> dict[str, list[_Plugin]]:
         """Returns the entry points of installed packages by name, except names that are already registered."""
         plugins: dict[str, list[_Plugin]] = {}
-        for plugin in _find_plugins(self.group):
+        for plugin in find_plugins(self.group):
             name = plugin.point.name
             here = self._factories.get(name)
             if here is None:
@@ -323,7 +311,7 @@ class _Plugin(NamedTuple):
         return printable(f"package {self.package} ({self.point.value})")
 
 
-def _find_plugins(group: str) -> list[_Plugin]:
+def find_plugins(group: str) -> list[_Plugin]:
     """Returns the entry points of a group; none, with a warning, if a package has some that cannot be parsed."""
     try:
         return [_Plugin(point.dist.name if point.dist else "?", point) for point in entry_points(group=group)]

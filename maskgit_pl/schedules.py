@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -103,18 +102,28 @@ class Pow(MaskSchedule):
         return 1 - progress.pow(self.exponent)
 
 
-def _make_power(exponent: float) -> Callable[[], Pow]:
-    """Returns a factory that takes no argument; a lambda in the loop would see its last exponent only."""
-
-    def make() -> Pow:
-        return Pow(exponent)
-
-    make.__doc__ = f"1 - r^{exponent:g}."
-    return make
+@mask_schedules.register("linear")
+def _linear() -> Pow:
+    """1 - r. Source: paper, Table 3."""
+    return Pow(1.0)
 
 
-for _name, _exponent in (("linear", 1.0), ("square", 2.0), ("cubic", 3.0), ("sqrt", 0.5)):  # paper, Table 3
-    mask_schedules.register(_name)(_make_power(_exponent))
+@mask_schedules.register("square")
+def _square() -> Pow:
+    """1 - r^2. Source: paper, Table 3."""
+    return Pow(2.0)
+
+
+@mask_schedules.register("cubic")
+def _cubic() -> Pow:
+    """1 - r^3. Source: paper, Table 3."""
+    return Pow(3.0)
+
+
+@mask_schedules.register("sqrt")
+def _sqrt() -> Pow:
+    """1 - r^0.5. Source: paper, Table 3."""
+    return Pow(0.5)
 
 
 @mask_schedules.register("exp")

@@ -111,7 +111,6 @@ def upwards(module: str) -> Iterator[str]:
 
 LATE = {  # modules that import modules of the package by a name, and why
     "cli/__init__": "the command that is run, from the list of commands",
-    "cli/listing": "the registries, from the list of registries",
 }
 
 

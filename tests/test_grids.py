@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from maskgit_pl.grids import add_title, image_grid, reconstruction_grid, save_images
+from maskgit_pl import grids
+from maskgit_pl.grids import add_title, class_captions, image_grid, reconstruction_grid, save_images
 from tests.pipeline.conftest import random_images
 
 
@@ -28,6 +29,17 @@ def test_captions_and_titles_have_letters_beyond_ascii(name: str) -> None:
     assert len({page(name), page(missing), page("e")}) == 3
     titles = [add_title(image_grid(random_images(1), columns=1), text).tobytes() for text in (name, missing)]
     assert titles[0] != titles[1]
+
+
+def test_a_class_without_letters_in_any_font_is_drawn_by_its_number(monkeypatch) -> None:
+    monkeypatch.setattr("matplotlib.font_manager.findSystemFonts", list)
+    grids._font_file.cache_clear()
+    assert class_captions(["é", "\N{CJK UNIFIED IDEOGRAPH-4E2D}", "bag"], [0, 1, 2, 3]) == [
+        "é",
+        "class 1",
+        "bag",
+        "no class",
+    ]
 
 
 def test_reconstructions_stand_below_their_originals() -> None:

@@ -11,7 +11,7 @@ from maskgit_pl.checks import check_integer, height_width, pixels_text
 from maskgit_pl.cli.arguments import Output, Word
 from maskgit_pl.cli.flags import ModelFlags, Pictures, Run, check_one_of, record_steps
 from maskgit_pl.pipeline.options import MAX_RESULTS, DecodingSettings
-from maskgit_pl.text import count_text, printable
+from maskgit_pl.text import count_text
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -218,7 +218,7 @@ def _edit(
     label, decoding = None if class_ is None else pipe.classes.parse(class_), pipe.decoding_with(**settings)
     count = check_integer("variants", variants.variants, f"[1, {MAX_RESULTS}]")
     labels, seeds = [label] * count, [variants.seed + number for number in range(count)]
-    described = "no class" if label is None else f"class {printable(pipe.class_names[label])}"
+    (described,) = grids.class_captions(pipe.class_names, [label])
     images, recording = _generate(
         pipe, task, labels, seeds, [described] * count, variants.batch_size, decoding, requested=mask
     )
@@ -300,7 +300,7 @@ def panorama(
     from maskgit_pl.pipeline import display
 
     labels, decoding = pipe.classes.parse_list(classes), pipe.decoding_with(**decoding_settings)
-    names, seeds = [pipe.class_names[label] for label in labels], [seed + row for row in range(len(labels))]
+    names, seeds = grids.class_captions(pipe.class_names, labels), [seed + row for row in range(len(labels))]
     task = partial(pipe.panorama, width=width, height=height)
     images, recording = _generate(pipe, task, labels, seeds, names, batch_size, decoding)
     height = images.shape[-2]

@@ -2,53 +2,33 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import logging
 import math
 import re
 import shlex
-from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from maskgit_pl.checks import CHANNELS, check_choice, check_integer, pixels_text
 from maskgit_pl.cli.arguments import Output, Word
 from maskgit_pl.cli.flags import Folder, Specs, print_rows
 from maskgit_pl.files import read_json, read_text, write_atomically
 from maskgit_pl.pipeline.sharing import bundled_models
-from maskgit_pl.registry import describe, nearest
+from maskgit_pl.registry import describe, find_plugins, nearest
 from maskgit_pl.runs import recipe
 from maskgit_pl.runs.recipe import STAGES, Kind, Stage
 from maskgit_pl.schedules import mask_schedules
 from maskgit_pl.text import count_text, printable
 
-if TYPE_CHECKING:
-    from maskgit_pl.registry import Registry
-
 log = logging.getLogger(__name__)
 
-REGISTRIES = {  # module of each registry, by the name of the registry
-    "mask_schedules": "schedules",
-    "mask_ratios": "masking",
-    "mask_positions": "masking",
-    "corruptions": "decoding.corruption",
-    "objectives": "transformer.losses",
-    "distillations": "transformer.distillation",
-    "backbones": "networks.backbone",
-    "quantizers": "networks.quantizers",
-    "tokenizer_losses": "tokenizer.losses",
-    "discriminators": "networks.discriminators",
-    "perceptual_networks": "networks.features",
-    "feature_networks": "networks.features",
-    "token_selectors": "decoding.selectors",
-    "guidance_schedules": "decoding.guidance",
-    "metrics": "evaluation.metrics",
-    "augmentations": "data.augmentations",
-    "optimizers": "training.optimizers",
-    "loggers": "training.loggers",
-    "callbacks": "runs.callbacks",
-}
-
+PARTS = (  # what a recipe can name: the registries
+    "mask_schedules", "mask_ratios", "mask_positions", "corruptions", "objectives", "distillations", "backbones",
+    "quantizers", "tokenizer_losses", "discriminators", "perceptual_networks", "feature_networks", "token_selectors",
+    "guidance_schedules", "metrics", "augmentations", "optimizers", "loggers", "callbacks",
+)  # fmt: skip
 _KINDS: tuple[Stage | Literal["cluster"], ...] = (*STAGES, "cluster")
 
 
@@ -176,12 +156,33 @@ def plugins(kind: Annotated[str, Word("KIND")] | None = None) -> None:
     Args:
         kind: Kind of part, such as mask_schedules, quantizers or loggers (default: all).
     """
+    kinds = PARTS if kind is None else [check_choice("KIND", kind, PARTS)]
+    built_in = registered_parts()
     rows = []
-    for part in REGISTRIES if kind is None else [check_choice("KIND", kind, REGISTRIES)]:
-        registry: Registry[Any] = getattr(import_module(f"maskgit_pl.{REGISTRIES[part]}"), part)
-        for name, package in registry.origins().items():
-            rows.append({"kind": part, "name": name, "package": package, "description": registry.summary(name)})
+    for part in kinds:
+        parts = [(name, "maskgit_pl", text) for name, text in built_in.get(part, {}).items()]
+        parts += [(point.name, package, point.value) for package, point in sorted(find_plugins(f"maskgit_pl.{part}"))]
+        rows += [dict(zip(("kind", "name", "package", "description"), (part, *row), strict=True)) for row in parts]
     print_rows(rows)
+
+
+def registered_parts() -> dict[str, dict[str, str]]:
+    """Returns the names and descriptions of each registry's own parts, by the name of the registry.
+
+    They are read from the source, since the modules of all registries take seconds to import.
+    """
+    parts: dict[str, dict[str, str]] = {}
+    for file in sorted(Path(__file__).parents[1].rglob("*.py")):
+        text = read_text(file)
+        body = ast.parse(text).body if ".register(" in text else []
+        for node in (node for node in body if isinstance(node, ast.ClassDef | ast.FunctionDef)):
+            for decorator in node.decorator_list:
+                match decorator:
+                    case ast.Call(func=ast.Attribute(ast.Name(registry), "register"), args=[ast.Constant(str(name))]):
+                        paragraph = " ".join((ast.get_docstring(node) or "").split("\n\n")[0].split())
+                        summary = re.split(r" Source:|[;:] see ", paragraph)[0].replace("``", "")
+                        parts.setdefault(registry, {})[name] = f"{summary.rstrip('.')}."
+    return parts
 
 
 def env() -> None:

@@ -145,7 +145,7 @@ def _generate(
     pipe: MaskGIT, classes: list[int], per_class: int, seed: int, pictures: Pictures, out: Path, **options: Any
 ) -> None:
     """Generates ``per_class`` images of each class, records the decoding of some of them, and writes all files."""
-    from maskgit_pl.grids import image_grid
+    from maskgit_pl.grids import class_captions, image_grid
 
     # One row of the picture for each class.
     labels = [label for label in classes for _ in range(per_class)]
@@ -157,7 +157,7 @@ def _generate(
     recording = None
     if pictures.show_decoding:
         recording = pipe.record([labels[row] for row in rows], seed=[seeds[row] for row in rows], **options)
-    sheet = image_grid(images, columns=per_class, row_captions=[pipe.class_names[label] for label in classes])
+    sheet = image_grid(images, columns=per_class, row_captions=class_captions(pipe.class_names, classes))
     what = f"{count_text(len(images), 'image')} of {count_text(len(classes), 'class')}"
     summary = f"{what} in {count_text(len(steps), 'step')}"
     pictures.write(out, sheet, summary, images=images, labels=labels, seeds=seeds, recording=recording)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from shlex import quote
@@ -36,8 +36,10 @@ from maskgit_pl.evaluation.reconstruction import measure_reconstruction, open_lp
 from maskgit_pl.evaluation.reference import iter_real_batches
 from maskgit_pl.evaluation.run_folders import find_run
 from maskgit_pl.files import check_writable, write_text
-from maskgit_pl.grids import image_grid, reconstruction_grid, save_png
+from maskgit_pl.grids import class_captions, image_grid, reconstruction_grid, save_png
+from maskgit_pl.pipeline.sharing import STAGES
 from maskgit_pl.processes import Bars, local_rank, no_bars
+from maskgit_pl.training.speed import TrainingTime, read_training_time
 
 _LIKELIHOOD = ("num_images", "draws", "masked_nll", "elbo_", "exact_")  # beginnings of the columns of the report
 _TOKENIZER_SHARE = 0.5  # of the FID of generated images
@@ -105,7 +107,9 @@ def evaluate(run: Path | str, options: EvaluationOptions | None = None, *, bars:
             "environment": {**describe_environment(), "device": str(pipe.device)},
             "held_out": describe_held_out(real.summary),
         }
-        report = Report({**content, "limiting_stage": describe_limit(content, quote(str(run)))}, file)
+        stages = (read_training_time(folders.run / stage) for stage in STAGES)
+        times = [time for time in stages if time is not None and time.is_cpu]
+        report = Report({**content, "limiting_stage": describe_limit(content, quote(str(run)), times=times)}, file)
         if model.tokenizer is not None:  # the file of the measured images still exists
             generated = evaluator.generate(model, decoding, title=f"{model.run}: pictures", **images)
             if rank == 0:
@@ -248,7 +252,7 @@ def _add_model_rows(table: Table, report: Mapping[str, Any]) -> None:
             table.add_row(f"reconstruction: {title(name)}", format_value(name, rebuilt[name]))
 
 
-def describe_limit(content: Mapping[str, Any], run: str) -> str | None:
+def describe_limit(content: Mapping[str, Any], run: str, *, times: Sequence[TrainingTime] = ()) -> str | None:
     """Describes the stage that limits the images, by the FID of the first feature network, and what to try.
 
     The tokenizer decodes the generated tokens, so its reconstruction FID is about the FID that a perfect
@@ -264,6 +268,7 @@ def describe_limit(content: Mapping[str, Any], run: str) -> str | None:
     Args:
         content: Content of ``evaluation.json``.
         run: Run as a word of a command.
+        times: CPU times of the training of both stages, as far as they are known.
 
     Returns:
         The sentences; None if the real images are those of a file, which reconstructions are not compared with.
@@ -280,10 +285,12 @@ def describe_limit(content: Mapping[str, Any], run: str) -> str | None:
         )
     stage = "tokenizer" if rebuilt > _TOKENIZER_SHARE * fid else "transformer"
     decoding = f"another decoding (`maskgit tune {run}`), more steps if `maskgit inspect {run}` finds no fault, or "
+    cost = f"about {sum(time.cost for time in times) / 60:.0f} CPU minutes again"  # patches of 4 x 4: that of 32 px
+    is_known = len(times) == len(STAGES) and content["model"]["image_size"] == 32
     return (
         f"The {stage} limits: reconstructed real images already have FID {rebuilt:.2f} of {fid:.2f}. Try "
         f"{decoding if stage == 'transformer' else ''}a larger one of `maskgit recipes list`, such as "
-        "--recipe 'adaln 1h'."
+        f"--recipe 'adaln 1h'.{f' 64 px: add 64px to --recipe, {cost} (docs/own-images.md).' if is_known else ''}"
     )
 
 
@@ -300,7 +307,7 @@ def _write_pictures(
     classes = choose_classes(len(pipe.class_names))
     rows = [generated.read((generated.labels == label).nonzero()[:_SHOWN_OF_A_CLASS, 0]) for label in classes]
     least = min(len(row) for row in rows)
-    names = [pipe.class_names[label] for label in classes]
+    names = class_captions(pipe.class_names, classes)
     folder.mkdir(parents=True, exist_ok=True)
     grid = image_grid(torch.cat([row[:least] for row in rows]), columns=least, row_captions=names)
     save_png(grid, folder / "samples.png")

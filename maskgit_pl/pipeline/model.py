@@ -338,14 +338,15 @@ class MaskGIT:
 
     def record(self, classes: Classes, **options: Unpack[GenerateKeywords]) -> Recording:
         """Decodes one batch of images and keeps every step. See ``generate`` for the arguments."""
-        from maskgit_pl.pipeline.display import Recording  # which imports Pillow
+        from maskgit_pl.grids import class_captions  # which imports Pillow
+        from maskgit_pl.pipeline.display import Recording
 
-        request, null_label = self._request(classes, options), self.classes.null_label
+        request = self._request(classes, options)
         return Recording(
             list(tasks.decode(self.transformer, request)),
             self.tokenizer,
             request.decoding,
-            ["no class" if label == null_label else self.class_names[label] for label in request.labels],
+            class_captions(self.class_names, request.labels),
             request.seeds,
         )
 

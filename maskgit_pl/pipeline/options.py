@@ -143,7 +143,10 @@ class ClassIndex:
         if text == "all" and text not in self.names:
             count = min(len(self.names), max_shown)
             return [number * len(self.names) // count for number in range(count)]
-        return self.labels([self._read_word(word) for word in map(str.strip, text.split(",")) if word])
+        words = [word.strip() for word in text.split(",")]
+        if "" in words:
+            raise ValueError(f"classes must have a name between commas, got {shorten(text)}; leave out the extra comma")
+        return self.labels(list(map(self._read_word, words)))
 
     def _read_word(self, word: str) -> int | str:
         return int(word) if word not in self.names and _INTEGER.fullmatch(word) else word

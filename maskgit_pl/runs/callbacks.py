@@ -19,7 +19,7 @@ from PIL import Image
 
 from maskgit_pl.data.loader import UnreadableImages
 from maskgit_pl.files import try_write_text
-from maskgit_pl.grids import image_grid, reconstruction_grid, save_png
+from maskgit_pl.grids import class_captions, image_grid, reconstruction_grid, save_png
 from maskgit_pl.registry import Registry, derives_from
 from maskgit_pl.training.loggers import TolerantLogger
 from maskgit_pl.transformer.token_model import TokenModel
@@ -110,7 +110,7 @@ class SamplePictures(Callback):
         self.folder = folder
         count = min(len(class_names), _MOST_CLASSES)
         classes = [number * len(class_names) // count for number in range(count)]
-        self.captions = [class_names[label] for label in classes]
+        self.captions = class_captions(class_names, classes)
         self.labels = [label for label in classes for _ in range(_IMAGES_PER_CLASS)]
         self.seeds = [*range(len(self.labels))]
 

@@ -65,7 +65,7 @@ def test_edit_writes_one_picture_and_single_files(call, pipe, tmp_path: Path) ->
         pixels().numpy(), (0, 0, 4, 2), classes=[1] * 3, seed=7, num_steps=6, blend=0, output_type="np"
     )
     assert (read(images) == expected[..., 0]).all()
-    assert "3 variants of class T-shirt, 6 of 16 tokens generated" in said
+    assert "3 variants of T-shirt, 6 of 16 tokens generated" in said
     with Image.open(tmp_path / "out.png") as picture:
         assert picture.width == 8 + 5 * 88 + 4 * 4 + 8  # original, masked, three variants; 8 px shown as 88
 
@@ -98,7 +98,7 @@ def test_a_box_is_that_of_the_image_before_it_is_fitted(call, tmp_path: Path) ->
             lambda pipe, image: pipe.outpaint(
                 image, left=6, right=4, up=4, down=4, classes=[2, 2], num_steps=3, blend=0, output_type="np"
             ),
-            "2 variants of class Trouser, 18 x 16 pixels", range(6, 100, 3),  # three steps of each window
+            "2 variants of Trouser, 18 x 16 pixels", range(6, 100, 3),  # three steps of each window
         ),
         (
             "panorama", "--classes T-shirt,2 --width 20 --seed 3",
@@ -115,7 +115,7 @@ def test_a_box_is_that_of_the_image_before_it_is_fitted(call, tmp_path: Path) ->
             lambda pipe, image: pipe.edit(
                 image, strength=0.5, classes=[1, 1], seed=3, num_steps=6, output_type="np"
             ),
-            "2 variants of class T-shirt, 8 of 16 tokens generated", [5],  # of 6 steps the first is left out
+            "2 variants of T-shirt, 8 of 16 tokens generated", [5],  # of 6 steps the first is left out
         ),
     ],
     ids=["outpaint", "panorama", "inpaint", "strength"],

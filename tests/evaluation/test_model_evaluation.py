@@ -3,6 +3,7 @@ from pathlib import Path
 import pytest
 
 from maskgit_pl.evaluation.model_evaluation import Report, describe_limit
+from maskgit_pl.training.speed import TrainingTime
 
 TRANSFORMER = "The transformer limits: reconstructed real images already have FID"
 
@@ -25,8 +26,11 @@ def test_the_stage_that_most_of_the_fid_comes_from_and_what_to_try(
         "reconstruction": {} if reconstruction_fid is None else {"rfid/classifier": reconstruction_fid},
         "samples": {"exported_guidance": {"fid/classifier": fid}},
         "real_against_real": {"fid/classifier": real_fid},
+        "model": {"image_size": 32},
     }
     limit = describe_limit(content, "runs/mine")
     assert (limit or "").startswith(sentence)
+    longer = describe_limit(content, "runs/mine", times=[TrainingTime(cost=300), TrainingTime(cost=480)]) or ""
+    assert ("64 px: add 64px to --recipe, about 13 CPU minutes" in longer) == ("already have" in sentence)
     findings = Report({"limiting_stage": limit, "held_out": "Held out."}, Path()).findings()
     assert findings == ([limit, "Held out."] if sentence else ["Held out."])

@@ -56,6 +56,8 @@ def test_words_of_the_command_line_are_names_before_numbers():
     assert [CLASSES.parse(word) for word in ("7", "1")] == [2, 1]
     with pytest.raises(ValueError, match=r"class must be an index in \[0, 3\) or a name, got -1"):
         CLASSES.parse("-1")
-    assert CLASSES.parse_list(" T-shirt, 0 ,,7", max_shown=2) == [1, 0, 2]
+    with pytest.raises(ValueError, match=r"classes must have a name between commas, got .7,,0."):
+        CLASSES.parse_list("7,,0")
+    assert CLASSES.parse_list(" T-shirt, 0 ,7", max_shown=2) == [1, 0, 2]
     assert [CLASSES.parse_list("all", max_shown=most) for most in (10, 2, 1)] == [[0, 1, 2], [0, 1], [0]]
     assert replace(CLASSES, names=("x", "all")).parse_list("all") == [1]  # a class of that name
