@@ -290,7 +290,7 @@ def describe_limit(content: Mapping[str, Any], run: str, *, times: Sequence[Trai
     return (
         f"The {stage} limits: reconstructed real images already have FID {rebuilt:.2f} of {fid:.2f}. Try "
         f"{decoding if stage == 'transformer' else ''}a larger one of `maskgit recipes list`, such as "
-        f"--recipe 'adaln 1h'.{f' 64 px: add 64px to --recipe, {cost} (docs/own-images.md).' if is_known else ''}"
+        f"--recipe 'adaln 1h'.{f' 64 px: add 64px to --recipe, {cost}.' if is_known else ''}"
     )
 
 

@@ -204,7 +204,7 @@ def test_an_unknown_name_is_answered_with_the_models_of_the_package(name: str, e
 def test_the_edit_of_the_readme_gives_the_shirt_long_sleeves(empty: Path, capsys) -> None:
     readme = (ROOT / "README.md").read_text()
     exec(re.search(r"```python\n(.*?shirt\.png.*?)```", readme, re.DOTALL)[1], {})
-    command = re.search(r"^    maskgit (edit .*)$", readme, re.MULTILINE)[1]
+    command = re.search(r"^    maskgit (edit .*)$", readme.replace("\\\n", " "), re.MULTILINE)[1]
     assert main([*shlex.split(command), "--images", "results"]) == 0
     with Image.open("long-sleeves.png") as sheet, Image.open(ROOT / "docs/decoding/edit.png") as printed:
         assert np.abs(np.asarray(sheet, np.int16) - np.asarray(printed, np.int16)).mean() < 2
