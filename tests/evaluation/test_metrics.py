@@ -158,4 +158,5 @@ def test_a_metric_of_another_package_is_measured_printed_and_searched_for(run: P
     assert "nearest real image" in (run / "tuning" / "tuning.md").read_text()
     capsys.readouterr()
     assert main(["plugins", "metrics"]) == 0
-    assert re.search(r"^metrics +packaged +nearest-image +nearest_image:NearestImage$", capsys.readouterr().out, re.MULTILINE)
+    shown = capsys.readouterr().out
+    assert re.search(r"^metrics +packaged +nearest-image +nearest_image:NearestImage$", shown, re.MULTILINE)
