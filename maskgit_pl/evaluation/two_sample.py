@@ -10,6 +10,8 @@ Source: Lopez-Paz and Oquab, "Revisiting classifier two-sample tests", arXiv:161
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 
 import torch
@@ -18,6 +20,7 @@ from torch import Tensor, nn
 
 from maskgit_pl.evaluation.classifier import use_threads
 from maskgit_pl.evaluation.metrics import MOST_GRIDS, TokenGrids
+from maskgit_pl.processes import available_cores
 
 _SEEDS = (0, 1)  # of the trainings, which test on different grids
 LEAST_GRIDS = 200  # grids of each kind; the quarter that is tested has a standard error of 5 % then
@@ -50,7 +53,7 @@ def two_sample(grids: TokenGrids, labels: Tensor) -> tuple[tuple[float, float], 
         _log.warning("two_sample is blind: %d real grids do not show replaced tokens; %s", len(real), advice)
         return None
     pairs = grids.real[real], grids.sampled[sampled], grids.real_labels[real]
-    results = torch.tensor([_tell_apart(*pairs, grids.codes, seed=seed) for seed in _SEEDS], dtype=torch.float64)
+    results = torch.tensor(_tell_apart(*pairs, grids.codes, seeds=_SEEDS), dtype=torch.float64)
     (accuracy, area), (spread, spread_of_area) = results.mean(0).tolist(), results.std(0, correction=0).tolist()
     return (accuracy, spread), (area, spread_of_area)
 
@@ -79,10 +82,12 @@ def rate_grids(grids: TokenGrids, labels: Tensor) -> Tensor:
         )
     logits, folds = torch.empty(len(labels)), torch.arange(len(labels)) % _TESTED
     sizes = int(labels.max()) + 1, int(max(grids.real.max(), grids.sampled.max())) + 1
+    trainings = []
     for fold in range(_TESTED):
         others = folds[rows] != fold
         pairs = grids.real[real[others]], grids.sampled[rows[others]], labels[rows[others]]
-        judge = _train_judge(*pairs, grids.codes, sizes, seed=fold)
+        trainings.append(_plan_training(*pairs, grids.codes, sizes, seed=fold))
+    for fold, judge in enumerate(_train_judges(trainings)):
         for part in torch.split((folds == fold).nonzero()[:, 0], _BATCH):
             with torch.no_grad():
                 logits[part] = judge(grids.sampled[part], labels[part])
@@ -108,7 +113,8 @@ def _finds_replaced_tokens(real: Tensor, labels: Tensor, codes: Tensor | None, c
     The fault: each token is, with probability 0.2, that of another grid at the same place. The cache
     compares tensors by identity.
     """
-    area = _tell_apart(real[:count], replace_tokens(real[:count], _REPLACED), labels[:count], codes, seed=0)[1]
+    pairs = real[:count], replace_tokens(real[:count], _REPLACED), labels[:count]
+    ((_, area),) = _tell_apart(*pairs, codes, seeds=[0])
     return area >= _FOUND
 
 
@@ -173,28 +179,43 @@ class _Judge(nn.Module):
 
 
 def _tell_apart(
-    real: Tensor, sampled: Tensor, labels: Tensor, codes: Tensor | None, *, seed: int
-) -> tuple[float, float]:
-    """Returns accuracy and area under the ROC curve of a network for pairs of (n, *grid) grids with (n,) classes.
+    real: Tensor, sampled: Tensor, labels: Tensor, codes: Tensor | None, *, seeds: Sequence[int]
+) -> list[tuple[float, float]]:
+    """Returns accuracies and areas under the ROC curve of networks for pairs of (n, *grid) grids with (n,) classes.
 
-    It is trained on three quarters of the pairs, and tested on the quarter ``seed``, in [0, 4).
+    Each is trained on three quarters of the pairs, and tested on the quarter of its seed, in [0, 4).
     """
-    tested = torch.arange(len(labels)) % _TESTED == seed
+    quarters = torch.arange(len(labels)) % _TESTED
     sizes = int(labels.max()) + 1, int(max(real.max(), sampled.max())) + 1
-    judge = _train_judge(real[~tested], sampled[~tested], labels[~tested], codes, sizes, seed=seed)
-    with torch.no_grad():
-        of_real, of_sampled = (judge(grids[tested], labels[tested]) for grids in (real, sampled))
-    accuracy = ((of_real > 0).double().mean() + (of_sampled <= 0).double().mean()) / 2
-    above = (of_real[:, None] > of_sampled).double() + 0.5 * (of_real[:, None] == of_sampled).double()
-    return float(accuracy), float(above.mean())
+    trainings, results = [], []
+    for seed in seeds:
+        trained = quarters != seed
+        pairs = real[trained], sampled[trained], labels[trained]
+        trainings.append(_plan_training(*pairs, codes, sizes, seed=seed))
+    for seed, judge in zip(seeds, _train_judges(trainings), strict=True):
+        tested = quarters == seed
+        with torch.no_grad():
+            of_real, of_sampled = (judge(grids[tested], labels[tested]) for grids in (real, sampled))
+        accuracy = ((of_real > 0).double().mean() + (of_sampled <= 0).double().mean()) / 2
+        above = (of_real[:, None] > of_sampled).double() + 0.5 * (of_real[:, None] == of_sampled).double()
+        results.append((float(accuracy), float(above.mean())))
+    return results
 
 
-def _train_judge(
+def _train_judges(trainings: Iterable[Callable[[], _Judge]]) -> list[_Judge]:
+    """Runs all trainings, one on each core at a time: a network that is so small gains nothing from threads."""
+    workers = ThreadPoolExecutor(available_cores(), initializer=torch.set_num_threads, initargs=(1,))
+    with use_threads(1), workers:
+        return list(workers.map(lambda train: train(), trainings))
+
+
+def _plan_training(
     real: Tensor, sampled: Tensor, labels: Tensor, codes: Tensor | None, sizes: tuple[int, int], *, seed: int
-) -> _Judge:
-    """Returns a network that was trained to tell pairs of (n, *grid) grids with (n,) classes apart.
+) -> Callable[[], _Judge]:
+    """Returns the training of a network that tells pairs of (n, *grid) grids with (n,) classes apart.
 
-    ``sizes`` are the numbers of classes, and of codes whose vectors are unknown, that it is shown later.
+    Its random numbers are drawn here, from torch's generator, which threads share. ``sizes`` are the numbers of
+    classes, and of codes whose vectors are unknown, that the network is shown later.
     """
     tokens, classes = torch.cat([real, sampled]), labels.repeat(2)
     count = len(classes)
@@ -204,8 +225,10 @@ def _train_judge(
         if codes is None:  # of both kinds, so that the vectors tell nothing
             codes = neighbour_vectors(tokens, sizes[1])
         judge = _Judge(codes, sizes[0], real.ndim - 1)
-        optimizer = torch.optim.AdamW(judge.parameters(), _RATE, weight_decay=_WEIGHT_DECAY)
         batches = [rows for _ in range(_EPOCHS) for rows in torch.split(torch.randperm(count), _BATCH)]
+
+    def train() -> _Judge:
+        optimizer = torch.optim.AdamW(judge.parameters(), _RATE, weight_decay=_WEIGHT_DECAY)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _RATE, total_steps=len(batches))
         for rows in batches:
             loss = F.binary_cross_entropy_with_logits(judge(tokens[rows], classes[rows]), is_real[rows])
@@ -213,4 +236,6 @@ def _train_judge(
             loss.backward()  # type: ignore[no-untyped-call]  # torch: untyped
             optimizer.step()
             schedule.step()
-    return judge
+        return judge
+
+    return train
