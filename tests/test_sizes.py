@@ -4,7 +4,7 @@ import ast
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "maskgit_pl"
-MOST_STATEMENTS = 21_200  # of all files; lower it with each change that removes statements
+MOST_STATEMENTS = 21_193  # of all files; lower it with each change that removes statements
 
 
 def test_the_package_has_no_more_statements_than_before():

@@ -10,9 +10,11 @@ Source: Lopez-Paz and Oquab, "Revisiting classifier two-sample tests", arXiv:161
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
+from functools import lru_cache, partial
+from threading import Lock
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +31,8 @@ _EPOCHS, _BATCH, _RATE, _WEIGHT_DECAY, _WIDTH = 12, 100, 2e-3, 0.05, 64
 _DIMENSIONS = 8  # of code vectors that are made of neighbours
 _REPLACED = 0.2  # share of the tokens that the planted fault replaces
 _FOUND = 0.6  # area under the curve with which the planted fault counts as found
+_RANDOM = Lock()  # of torch's generator, which all threads share
+_Result = TypeVar("_Result")
 _log = logging.getLogger(__name__)
 
 
@@ -53,7 +57,8 @@ def two_sample(grids: TokenGrids, labels: Tensor) -> tuple[tuple[float, float], 
         _log.warning("two_sample is blind: %d real grids do not show replaced tokens; %s", len(real), advice)
         return None
     pairs = grids.real[real], grids.sampled[sampled], grids.real_labels[real]
-    results = torch.tensor(_tell_apart(*pairs, grids.codes, seeds=_SEEDS), dtype=torch.float64)
+    tell_apart = partial(_tell_apart, *pairs, grids.codes)
+    results = torch.tensor(_side_by_side(tell_apart, _SEEDS), dtype=torch.float64)
     (accuracy, area), (spread, spread_of_area) = results.mean(0).tolist(), results.std(0, correction=0).tolist()
     return (accuracy, spread), (area, spread_of_area)
 
@@ -80,18 +85,27 @@ def rate_grids(grids: TokenGrids, labels: Tensor) -> Tensor:
             f"two_sample must find replaced tokens in the real grids that it learns from, got {len(real)} that do not "
             "show them; raise --num-images, or choose by a classifier"
         )
-    logits, folds = torch.empty(len(labels)), torch.arange(len(labels)) % _TESTED
+    folds = torch.arange(len(labels)) % _TESTED
     sizes = int(labels.max()) + 1, int(max(grids.real.max(), grids.sampled.max())) + 1
-    trainings = []
-    for fold in range(_TESTED):
+
+    def train(fold: int) -> _Judge:
         others = folds[rows] != fold
         pairs = grids.real[real[others]], grids.sampled[rows[others]], labels[rows[others]]
-        trainings.append(_plan_training(*pairs, grids.codes, sizes, seed=fold))
-    for fold, judge in enumerate(_train_judges(trainings)):
+        return _train_judge(*pairs, grids.codes, sizes, fold)
+
+    logits = torch.empty(len(labels))
+    for fold, judge in enumerate(_side_by_side(train, range(_TESTED))):
         for part in torch.split((folds == fold).nonzero()[:, 0], _BATCH):
             with torch.no_grad():
                 logits[part] = judge(grids.sampled[part], labels[part])
     return F.logsigmoid(logits)
+
+
+def _side_by_side(work: Callable[[int], _Result], seeds: Iterable[int]) -> list[_Result]:
+    """Returns the results of ``work``, one on each core at a time: a network so small gains nothing from threads."""
+    workers = ThreadPoolExecutor(available_cores(), initializer=torch.set_num_threads, initargs=(1,))
+    with use_threads(1), workers:
+        return list(workers.map(work, seeds))
 
 
 def _pair(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
@@ -114,7 +128,7 @@ def _finds_replaced_tokens(real: Tensor, labels: Tensor, codes: Tensor | None, c
     compares tensors by identity.
     """
     pairs = real[:count], replace_tokens(real[:count], _REPLACED), labels[:count]
-    ((_, area),) = _tell_apart(*pairs, codes, seeds=[0])
+    ((_, area),) = _side_by_side(partial(_tell_apart, *pairs, codes), [0])
     return area >= _FOUND
 
 
@@ -178,64 +192,43 @@ class _Judge(nn.Module):
         return self.head(torch.cat([hidden.mean(2), hidden.amax(2)], 1)).squeeze(1)  # type: ignore[no-any-return]
 
 
-def _tell_apart(
-    real: Tensor, sampled: Tensor, labels: Tensor, codes: Tensor | None, *, seeds: Sequence[int]
-) -> list[tuple[float, float]]:
-    """Returns accuracies and areas under the ROC curve of networks for pairs of (n, *grid) grids with (n,) classes.
+def _tell_apart(real: Tensor, sampled: Tensor, labels: Tensor, codes: Tensor | None, seed: int) -> tuple[float, float]:
+    """Returns accuracy and area under the ROC curve of a network for pairs of (n, *grid) grids with (n,) classes.
 
-    Each is trained on three quarters of the pairs, and tested on the quarter of its seed, in [0, 4).
+    It is trained on three quarters of the pairs, and tested on the quarter ``seed``, in [0, 4).
     """
-    quarters = torch.arange(len(labels)) % _TESTED
+    tested = torch.arange(len(labels)) % _TESTED == seed
     sizes = int(labels.max()) + 1, int(max(real.max(), sampled.max())) + 1
-    trainings, results = [], []
-    for seed in seeds:
-        trained = quarters != seed
-        pairs = real[trained], sampled[trained], labels[trained]
-        trainings.append(_plan_training(*pairs, codes, sizes, seed=seed))
-    for seed, judge in zip(seeds, _train_judges(trainings), strict=True):
-        tested = quarters == seed
-        with torch.no_grad():
-            of_real, of_sampled = (judge(grids[tested], labels[tested]) for grids in (real, sampled))
-        accuracy = ((of_real > 0).double().mean() + (of_sampled <= 0).double().mean()) / 2
-        above = (of_real[:, None] > of_sampled).double() + 0.5 * (of_real[:, None] == of_sampled).double()
-        results.append((float(accuracy), float(above.mean())))
-    return results
+    judge = _train_judge(real[~tested], sampled[~tested], labels[~tested], codes, sizes, seed)
+    with torch.no_grad():
+        of_real, of_sampled = (judge(grids[tested], labels[tested]) for grids in (real, sampled))
+    accuracy = ((of_real > 0).double().mean() + (of_sampled <= 0).double().mean()) / 2
+    above = (of_real[:, None] > of_sampled).double() + 0.5 * (of_real[:, None] == of_sampled).double()
+    return float(accuracy), float(above.mean())
 
 
-def _train_judges(trainings: Iterable[Callable[[], _Judge]]) -> list[_Judge]:
-    """Runs all trainings, one on each core at a time: a network that is so small gains nothing from threads."""
-    workers = ThreadPoolExecutor(available_cores(), initializer=torch.set_num_threads, initargs=(1,))
-    with use_threads(1), workers:
-        return list(workers.map(lambda train: train(), trainings))
+def _train_judge(
+    real: Tensor, sampled: Tensor, labels: Tensor, codes: Tensor | None, sizes: tuple[int, int], seed: int
+) -> _Judge:
+    """Returns a network that was trained to tell pairs of (n, *grid) grids with (n,) classes apart.
 
-
-def _plan_training(
-    real: Tensor, sampled: Tensor, labels: Tensor, codes: Tensor | None, sizes: tuple[int, int], *, seed: int
-) -> Callable[[], _Judge]:
-    """Returns the training of a network that tells pairs of (n, *grid) grids with (n,) classes apart.
-
-    Its random numbers are drawn here, from torch's generator, which threads share. ``sizes`` are the numbers of
-    classes, and of codes whose vectors are unknown, that the network is shown later.
+    ``sizes`` are the numbers of classes, and of codes whose vectors are unknown, that it is shown later.
     """
     tokens, classes = torch.cat([real, sampled]), labels.repeat(2)
     count = len(classes)
     is_real = (torch.arange(count) < count // 2).float()
-    with use_threads(1), torch.random.fork_rng(devices=[]), torch.enable_grad():
+    with _RANDOM, torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if codes is None:  # of both kinds, so that the vectors tell nothing
             codes = neighbour_vectors(tokens, sizes[1])
         judge = _Judge(codes, sizes[0], real.ndim - 1)
         batches = [rows for _ in range(_EPOCHS) for rows in torch.split(torch.randperm(count), _BATCH)]
-
-    def train() -> _Judge:
-        optimizer = torch.optim.AdamW(judge.parameters(), _RATE, weight_decay=_WEIGHT_DECAY)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _RATE, total_steps=len(batches))
-        for rows in batches:
-            loss = F.binary_cross_entropy_with_logits(judge(tokens[rows], classes[rows]), is_real[rows])
-            optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]  # torch: untyped
-            optimizer.step()
-            schedule.step()
-        return judge
-
-    return train
+    optimizer = torch.optim.AdamW(judge.parameters(), _RATE, weight_decay=_WEIGHT_DECAY)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _RATE, total_steps=len(batches))
+    for rows in batches:
+        loss = F.binary_cross_entropy_with_logits(judge(tokens[rows], classes[rows]), is_real[rows])
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]  # torch: untyped
+        optimizer.step()
+        schedule.step()
+    return judge
